@@ -27,8 +27,9 @@ _AGE = re.compile(
 _SEXUAL_OR_VIOLENT = re.compile(
     r"""\b(
         nud(e|es|ity|ist|ists) | naked | topless | bottomless | undress\w*
-      | unclothed | strip(ped|ping) | sex\w* | erotic\w* | porn\w* | nsfw | hentai | ecchi | lewd\w* | lust\w*
-      | seduc\w* | sensual\w* | lingerie | underwear | panties | bikini | thong | fetish\w* | bdsm | bondage | genital\w*
+      | unclothed | strip(ped|ping) | sex\w* | erotic\w* | porn\w* | nsfw | hentai
+      | ecchi | lewd\w* | lust\w* | seduc\w* | sensual\w* | lingerie | underwear | panties
+      | bikini | thong | fetish\w* | bdsm | bondage | genital\w*
       | breasts? | nipples? | orgas\w* | masturbat\w* | intercourse | rape\w* | raping | molest\w*
       | kill\w* | murder\w* | stab(s|bed|bing)? | blood(y|ied|shed|stain|stained|bath)? | bleeding
       | gor(e|y) | wound\w* | tortur\w* | behead\w* | decapitat\w* | dismember\w* | mutilat\w*
