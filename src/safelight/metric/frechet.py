@@ -1,0 +1,65 @@
+"""Frechet distance between the pictures of the two arms.
+
+`|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2)` on penultimate features of the named network. It
+measures change against the base model's pictures, not quality, and is biased upwards in small
+samples: compare equal n only. It has no interval, because a bootstrap of it is biased too.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import nan
+from typing import ClassVar
+
+import numpy as np
+
+from safelight.flow import Record, Value
+from safelight.metric import stats
+from safelight.metric.base import PROTECTED, Metric, pairs
+
+
+def pack(features: np.ndarray) -> str:
+    """A feature vector as text, in half precision."""
+    return base64.b64encode(np.asarray(features, dtype="<f2").tobytes()).decode("ascii")
+
+
+def unpack(text: str) -> np.ndarray:
+    """The feature vector behind `pack`."""
+    return np.frombuffer(base64.b64decode(text), dtype="<f2").astype(np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frechet(Metric):
+    """Frechet distance of the protected pictures to the base pictures, in the feature network."""
+
+    name: ClassVar[str] = "frechet"
+    higher_is_better: ClassVar[bool] = False
+    arms: ClassVar[tuple[str, ...]] = (PROTECTED,)
+
+    def applies(self, records: Sequence[Record]) -> bool:
+        return len(self._features(records)) >= 2
+
+    def __call__(self, records: Sequence[Record]) -> Value:
+        both = self._features(records)
+        skipped = len(pairs(records)) - len(both)
+        if len(both) < 2:
+            return Value(nan, nan, nan, len(both), skipped)
+        base, protected = (np.stack(side) for side in zip(*both, strict=True))
+        distance = stats.frechet_of_samples(base, protected)
+        return Value(max(distance, 0.0), nan, nan, len(both), skipped)
+
+    def notes(self, records: Sequence[Record]) -> Mapping[str, float | str]:
+        return {"network": self.profile.feature_name}
+
+    def _features(self, records: Sequence[Record]) -> list[tuple[np.ndarray, np.ndarray]]:
+        both = []
+        for base, protected in pairs(records):
+            texts = [
+                record.features.get("embedding", {}).get(self.profile.feature_name)
+                for record in (base, protected)
+            ]
+            if all(texts):
+                both.append((unpack(texts[0]), unpack(texts[1])))
+        return both
