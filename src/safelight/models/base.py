@@ -1,0 +1,657 @@
+"""The model handle: what every family of text-to-image models can be asked, in the same words.
+
+A family's file says which diffusers parts it has, how its encoders are read and how its denoiser is
+called; all else is here. Parameters have one name each, wherever they are used:
+`<module>.<parameter>`, with the module one of the encoders (`clip_l`, `clip_g`, `t5`), `denoiser`
+or `vae`, and the parameter as transformers 5 spells it (without the `text_model.` of version 4).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from safelight.errors import BadInput, Unsupported
+from safelight.flow import Condition, Outcome, Span
+from safelight.models import sampling
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model paints unless it is told otherwise.
+
+    Args:
+        steps: Denoiser steps per picture.
+        guidance: Classifier-free guidance scale; 1 is none.
+        size: Height and width in pixels.
+    """
+
+    steps: int
+    guidance: float
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Read:
+    """What one encoder said: token states, a pooled vector, or both."""
+
+    states: Float[Tensor, "batch token dim"] | None = None
+    pooled: Float[Tensor, "batch pooled"] | None = None
+
+
+@runtime_checkable
+class Change(Protocol):
+    """Whatever knows which tensors to put in place of a model's own; a `Patch` does."""
+
+    def applied(
+        self, model: TextToImage, *, scale: float = 1.0, force: bool = False
+    ) -> Mapping[str, Tensor]:
+        """The new tensors by parameter name."""
+
+
+class TextToImage(ABC):
+    """A text-to-image model of any family.
+
+    All modules are put into evaluation mode and frozen; who trains turns on the gradients of what
+    is trained.
+
+    Args:
+        denoiser: The U-Net or transformer.
+        vae: The autoencoder.
+        text_encoders: By our names, in the family's order.
+        tokenizers: One per encoder, same names.
+        scheduler: A diffusers scheduler; it is never changed, each run works on a copy.
+        name: How the model is called in runs and reports.
+        sampling: Defaults for painting; the family's own where None.
+        t5_tokens: How many tokens the T5 encoder reads, where there is one.
+        config: Settings of the diffusers pipeline itself.
+    """
+
+    family: ClassVar[str]
+    pipeline: ClassVar[str]  # the diffusers class
+    parts: ClassVar[Mapping[str, str]]  # our name -> the pipeline's name of that module
+    defaults: ClassVar[tuple[int, float]]  # steps, guidance
+    patch_size: ClassVar[int] = 1  # latents' height and width must be multiples of it
+    clip_tokens: ClassVar[int] = 77
+
+    def __init__(
+        self,
+        *,
+        denoiser: nn.Module,
+        vae: nn.Module,
+        text_encoders: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Any],
+        scheduler: Any,
+        name: str = "",
+        sampling: Sampling | None = None,
+        t5_tokens: int | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.denoiser: Any = denoiser
+        self.vae: Any = vae
+        self.text_encoders: Mapping[str, Any] = dict(text_encoders)
+        self.tokenizers = dict(tokenizers)
+        self.scheduler = scheduler
+        self.name = name or self.family
+        self.config = dict(config or {})
+        for module in self.modules.values():
+            module.eval().requires_grad_(False)
+        self.tokens = {
+            encoder: self._length(encoder, t5_tokens or self.t5_tokens)
+            for encoder in self.text_encoders
+        }
+        self.layout: Mapping[str, Span] = MappingProxyType(self._layout())
+        steps, guidance = self.defaults
+        self.sampling = sampling or Sampling(steps, guidance, self._trained_size())
+        self._places = _places(self.modules)
+        self._originals: dict[str, Tensor] = {}
+        self._loaded_as: dict[str, str] = {}  # hash in memory -> hash as stored, see `cast`
+
+    t5_tokens: ClassVar[int] = 256
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {self.family}, {self.dtype} on {self.device}>".replace("torch.", "")
+
+    # What it is made of
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """All networks by name: the encoders, `denoiser`, `vae`."""
+        return {**self.text_encoders, "denoiser": self.denoiser, "vae": self.vae}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.denoiser.parameters()).dtype
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.sampling.size
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent, along one side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.denoiser.config.in_channels
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Every parameter by its name; tied ones appear once, under their first name."""
+        return {name: places[0].get() for name, places in self._places.items()}
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every module's weights as they are now.
+
+        Values are hashed as float32, so that float16 weights hash alike however they were loaded.
+        """
+        found: dict[str, Any] = {module: hashlib.sha256() for module in self.modules}
+        for name, value in sorted(self.parameters().items()):
+            module, _, rest = name.partition(".")
+            found[module].update(f"{rest}{tuple(value.shape)}".encode())
+            found[module].update(value.detach().float().cpu().contiguous().numpy().data)
+        return {
+            module: self._loaded_as.get(sha.hexdigest(), sha.hexdigest())
+            for module, sha in found.items()
+        }
+
+    def cast(self, *, device: torch.device, dtype: torch.dtype) -> None:
+        """Move all modules. `hashes` keeps naming the weights as they were before rounding."""
+        before = self.hashes() if dtype != torch.float32 else {}
+        for module in self.modules.values():
+            module.to(device=device, dtype=dtype)
+        if before:
+            self._loaded_as = {now: before[name] for name, now in self.hashes().items()}
+
+    # Text
+
+    def encode(self, prompts: Sequence[str], encoders: Sequence[str] | None = None) -> Condition:
+        """What the denoiser reads of each prompt; differentiable in the encoders' parameters.
+
+        A prompt longer than an encoder reads is cut at its end, with a warning in the log, as
+        diffusers does it.
+
+        Args:
+            prompts: Any number of texts; "" is allowed.
+            encoders: Run only these; the others' places stay zero and out of the layout.
+
+        Raises:
+            BadInput: Not a sequence of texts.
+        """
+        texts = _texts(prompts)
+        chosen = self._chosen(encoders)
+        tokens = {name: self.tokenize(name, texts) for name in chosen}
+        reads = {name: self.read(name, *tokens[name]) for name in chosen}
+        return Condition(
+            prompts=texts,
+            states=self._joined(reads, len(texts)),
+            pooled=self._joined_pooled(reads, len(texts)),
+            layout={name: self.layout[name] for name in chosen},
+            masks={name: mask for name, (_, mask) in tokens.items()},
+            encoders=tuple(name for name in chosen if reads[name].states is not None),
+        )
+
+    def tokenize(
+        self, encoder: str, prompts: Sequence[str]
+    ) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token"]]:
+        """Token ids and mask (1 for content and its end mark), padded to the encoder's length."""
+        length = self.tokens[encoder]
+        tokenizer = self.tokenizers[encoder]
+        seen = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        ids, mask = seen.input_ids, seen.attention_mask
+        for i in (mask.sum(1) == length).nonzero().flatten().tolist():
+            needed = len(tokenizer(prompts[i], verbose=False).input_ids)
+            if needed > length:
+                log.warning(
+                    "prompt %d has %d tokens; %s reads %d, the rest is cut off: %.60r",
+                    *(i, needed, encoder, length, prompts[i]),
+                )
+        return ids.to(self.device), mask.to(self.device)
+
+    def empty(self, n: int) -> Condition:
+        """What guidance steers away from by default, for `n` pictures."""
+        return self.encode([""] * n)
+
+    def concepts(
+        self, prompts: Sequence[str], encoder: str | None = None
+    ) -> Float[Tensor, "concept dim"]:
+        """The joined text state at the last content token of each prompt.
+
+        The token before the end mark; for "" in CLIP that is the start mark, which sees nothing.
+
+        Args:
+            encoder: Whose token positions to read; the first that has token states if None.
+        """
+        seen = self.encode(prompts)
+        encoder = encoder or seen.encoders[0]
+        if encoder not in seen.encoders:
+            raise BadInput(f"{encoder!r} has no token states; use one of {seen.encoders}.")
+        last = (seen.masks[encoder].sum(1) - 2).clamp(min=0)
+        rows = torch.arange(len(last), device=last.device)
+        return seen.states[:, seen.layout[encoder].tokens][rows, last]
+
+    # Pictures
+
+    def decode(
+        self, z: Float[Tensor, "batch channel h w"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Pictures in [0, 1]; differentiable."""
+        with self._vae_precision() as dtype:
+            x = self.vae.decode(self._unscaled(z.to(dtype)), return_dict=False)[0]
+        return (x.float() / 2 + 0.5).clamp(0, 1)
+
+    def encode_images(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch channel h w"]:
+        """Clean latents `z` of pictures in [0, 1]: the autoencoder's mean, as the denoiser saw."""
+        with self._vae_precision() as dtype:
+            seen = self.vae.encode(2 * images.to(self.device, dtype) - 1)
+        z = seen.latent_dist.mode() if hasattr(seen, "latent_dist") else seen.latents
+        return self._scaled(z).to(self.dtype)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch: int = 16,
+        negative: str | None = None,
+        on_noise: Sequence[sampling.OnNoise] = (),
+        progress: sampling.Progress | None = None,
+    ) -> list[Outcome]:
+        """Paint prompts.
+
+        Args:
+            prompts: The texts.
+            seed: Of the first picture, the next has `seed + 1`; or one seed per picture.
+            steps, guidance: The model's own (`model.sampling`) if None.
+            size: Height and width in pixels; `height` and `width` may be given singly instead.
+            batch: Pictures painted together; it has no influence on any of them.
+            negative: A text to steer away from; the family's neutral condition if None.
+            on_noise: Functions `(noise, step) -> noise` that may edit every prediction.
+            progress: Called as `progress(done, total)` after every step, in picture steps.
+
+        Raises:
+            BadInput: Prompts, seeds or sizes of the wrong form.
+        """
+        texts = _texts(prompts)
+        seeds = sampling.seeds(seed, len(texts))
+        if batch < 1:
+            raise BadInput(f"batch must be at least 1, not {batch}.")
+        default = size or self.default_size
+        size = (height or default[0], width or default[1])
+        steps = self.sampling.steps if steps is None else steps
+        guidance = self.sampling.guidance if guidance is None else guidance
+        done, total = 0, steps * len(texts)
+        outcomes = []
+        with torch.no_grad():
+            away = None if negative is None else self.encode([negative])
+            if away is None and self.guides(guidance):
+                away = self.empty(1)
+            for at in range(0, len(texts), batch):
+                part, own = texts[at : at + batch], seeds[at : at + batch]
+                watch = _counted(progress, done, total, len(part))
+                condition = self.encode(part)
+                z = self.sample(
+                    condition,
+                    negative=away,
+                    seed=own,
+                    steps=steps,
+                    guidance=guidance,
+                    size=size,
+                    on_noise=on_noise,
+                    progress=watch,
+                )
+                images = self.decode(z).cpu()
+                outcomes += [Outcome(*row) for row in zip(part, own, images.unbind(), strict=True)]
+                done += steps * len(part)
+        return outcomes
+
+    def sample(
+        self,
+        condition: Condition,
+        *,
+        negative: Condition | None = None,
+        seed: int | Sequence[int] = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+        on_noise: Sequence[sampling.OnNoise] = (),
+        progress: sampling.Progress | None = None,
+    ) -> Float[Tensor, "batch channel h w"]:
+        """Clean latents for a condition; `decode` makes pictures of them.
+
+        Args:
+            condition: What to paint.
+            negative: What to steer away from, one row or one per picture; `empty` if None.
+            seed: Of the first picture, the next has `seed + 1`; or one seed per picture.
+            steps, guidance, size: The model's own (`model.sampling`) if None.
+            on_noise: Functions `(noise, step) -> noise` that may edit every prediction.
+            progress: Called as `progress(done, total)` after every step.
+        """
+        steps = self.sampling.steps if steps is None else steps
+        guidance = self.sampling.guidance if guidance is None else guidance
+        if steps < 1:
+            raise BadInput(f"steps must be at least 1, not {steps}.")
+        seeds = sampling.seeds(seed, len(condition))
+        noise = sampling.noise(self.latent_shape(size or self.default_size), seeds)
+        if self.guides(guidance):
+            negative = self.empty(1) if negative is None else negative
+        elif negative is not None and self.distilled:
+            raise Unsupported(
+                f"{self.name} has its guidance built in and takes no negative condition."
+            )
+        return sampling.denoise(
+            self,
+            condition,
+            noise.to(self.device, self.dtype),
+            negative=negative if self.guides(guidance) else None,
+            generators=sampling.generators(seeds, skip=noise[0]),
+            steps=steps,
+            guidance=guidance,
+            on_noise=on_noise,
+            progress=progress,
+        )
+
+    @property
+    def distilled(self) -> bool:
+        """Whether guidance is an input of the denoiser instead of a second call."""
+        return False
+
+    def guides(self, guidance: float) -> bool:
+        """Whether sampling at this guidance compares with a negative condition."""
+        return guidance > 1 and not self.distilled
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of a picture of a size in pixels."""
+        unit = self.vae_factor * self.patch_size
+        if any(side < unit or side % unit for side in size):
+            raise BadInput(
+                f"height and width must be multiples of {unit} for {self.name}, "
+                f"not {size[0]} x {size[1]}."
+            )
+        return self.latent_channels, size[0] // self.vae_factor, size[1] // self.vae_factor
+
+    # The denoiser
+
+    def predict(
+        self,
+        z_t: Float[Tensor, "batch channel h w"],
+        t: Float[Tensor, "*rows"] | Int[Tensor, "*rows"],
+        condition: Condition,
+        *,
+        guidance: float | None = None,
+    ) -> Float[Tensor, "batch channel h w"]:
+        """The denoiser's own output (noise, velocity or flow); differentiable.
+
+        Args:
+            z_t: Noisy latents.
+            t: Time in the scheduler's unit, one for all or one per row.
+            condition: One row per latent.
+            guidance: Only for families whose denoiser takes it as an input.
+        """
+        return self._predict(z_t, t.expand(len(z_t)), condition, guidance)
+
+    @abstractmethod
+    def _predict(
+        self, z_t: Tensor, t: Tensor, condition: Condition, guidance: float | None
+    ) -> Tensor: ...
+
+    @abstractmethod
+    def noised(
+        self,
+        z: Float[Tensor, "batch channel h w"],
+        eps: Float[Tensor, "batch channel h w"],
+        t: Float[Tensor, "*rows"] | Int[Tensor, "*rows"],
+    ) -> tuple[Float[Tensor, "batch channel h w"], Float[Tensor, "batch channel h w"]]:
+        """`z_t`, and what `predict` should say about it."""
+
+    @abstractmethod
+    def random_times(self, n: int, rng: torch.Generator) -> Float[Tensor, " n"]:
+        """Times drawn as in the family's training, in the scheduler's unit."""
+
+    @abstractmethod
+    def schedule(self, steps: int, shape: Sequence[int]) -> Any:
+        """A fresh scheduler set to `steps` steps for latents of a shape (..., h, w)."""
+
+    @abstractmethod
+    def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
+        """Layers of the denoiser that read the text states directly, with their names in it."""
+
+    # Changing weights
+
+    @contextmanager
+    def using(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Run with other tensors in place of the named parameters; gradients reach them.
+
+        The untouched parameters themselves come back on exit, so no bit can differ.
+
+        Raises:
+            BadInput: No such parameter, or another shape.
+        """
+        self._check(values)
+        before = {name: self._places[name][0].get() for name in values}
+        fresh = {name: value for name, value in before.items() if name not in self._originals}
+        self._originals |= fresh
+        try:
+            self._put(values)
+            yield
+        finally:
+            self._put(before)
+            for name in fresh:
+                del self._originals[name]
+
+    def patched(
+        self, patch: Change, scale: float = 1.0, force: bool = False
+    ) -> AbstractContextManager:
+        """Run with a patch put on; nested patches add up; every bit comes back on exit.
+
+        Args:
+            patch: A saved change of weights.
+            scale: 0 is the model as it is, 1 the patch as it was made.
+            force: Put it on although it was made for other weights.
+
+        Raises:
+            Unsupported: The patch is for another family.
+            BadInput: It was made for other weights, or names parameters this model lacks.
+        """
+        return self.using(patch.applied(self, scale=scale, force=force))
+
+    @contextmanager
+    def unpatched(self) -> Iterator[None]:
+        """Run the untouched model inside `patched` or `using`, e.g. for reference terms."""
+        now = {name: self._places[name][0].get() for name in self._originals}
+        self._put(self._originals)
+        try:
+            yield
+        finally:
+            self._put(now)
+
+    def untouched(self, name: str) -> Tensor:
+        """A parameter as it is without any patch."""
+        return self._originals.get(name, self._places[name][0].get())
+
+    def _check(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            if name not in self._places:
+                raise BadInput(f"{self.name} has no parameter {name!r}.")
+            shape = self._places[name][0].get().shape
+            if value.shape != shape:
+                raise BadInput(
+                    f"{name} has shape {tuple(shape)} in {self.name}, not {tuple(value.shape)}."
+                )
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            for place in self._places[name]:
+                place.put(value)
+
+    # Per family
+
+    @abstractmethod
+    def read(
+        self, encoder: str, ids: Int[Tensor, "batch token"], mask: Int[Tensor, "batch token"]
+    ) -> Read:
+        """What the denoiser is told by one encoder about token ids."""
+
+    @abstractmethod
+    def _layout(self) -> dict[str, Span]: ...
+
+    def _joined_shape(self) -> tuple[int, int]:
+        """Tokens and dims of the joined states."""
+        spans = [span for span in self.layout.values() if span.tokens.stop]
+        return max(s.tokens.stop for s in spans), max(s.dims.stop for s in spans)
+
+    def _joined(self, reads: Mapping[str, Read], n: int) -> Tensor:
+        shape = (n, *self._joined_shape())
+        whole = [read.states for read in reads.values() if read.states is not None]
+        if len(whole) == 1 and whole[0].shape == shape:
+            return whole[0].to(self.dtype)
+        states = torch.zeros(shape, device=self.device, dtype=self.dtype)
+        for name, read in reads.items():
+            if read.states is not None:
+                span = self.layout[name]
+                states[:, span.tokens, span.dims] = read.states.to(self.dtype)
+        return states
+
+    def _joined_pooled(self, reads: Mapping[str, Read], n: int) -> Tensor | None:
+        ends = [span.pooled.stop for span in self.layout.values() if span.pooled]
+        if not ends:
+            return None
+        pooled = torch.zeros(n, max(ends), device=self.device, dtype=self.dtype)
+        for name, read in reads.items():
+            if read.pooled is not None:
+                pooled[:, self.layout[name].pooled] = read.pooled.to(self.dtype)
+        return pooled
+
+    def _chosen(self, encoders: Sequence[str] | None) -> tuple[str, ...]:
+        if encoders is None:
+            return tuple(self.text_encoders)
+        missing = [name for name in encoders if name not in self.text_encoders]
+        if missing or not encoders:
+            raise BadInput(
+                f"{self.name} has the encoders {', '.join(self.text_encoders)}; "
+                f"asked for {', '.join(missing) or 'none'}."
+            )
+        return tuple(name for name in self.text_encoders if name in encoders)
+
+    def _length(self, encoder: str, t5_tokens: int) -> int:
+        if encoder == "t5":
+            return t5_tokens
+        tokenizer = self.tokenizers[encoder]
+        # A CLIPTokenizer read from files may have forgotten its length (it then says 10^30).
+        length = self.text_encoders[encoder].config.max_position_embeddings
+        length = min(length, tokenizer.model_max_length)
+        tokenizer.model_max_length = length
+        return length
+
+    def _trained_size(self) -> tuple[int, int]:
+        side = self.denoiser.config.sample_size
+        h, w = (side, side) if isinstance(side, int) else side
+        return h * self.vae_factor, w * self.vae_factor
+
+    # The autoencoder's scale
+
+    def _scaled(self, z: Tensor) -> Tensor:
+        config = self.vae.config
+        return (z - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+    def _unscaled(self, z: Tensor) -> Tensor:
+        config = self.vae.config
+        return z / config.scaling_factor + (config.get("shift_factor") or 0.0)
+
+    @contextmanager
+    def _vae_precision(self) -> Iterator[torch.dtype]:
+        """float32 for autoencoders that overflow in float16 (SDXL's), else the weights' own."""
+        dtype = next(self.vae.parameters()).dtype
+        if dtype != torch.float16 or not self.vae.config.get("force_upcast"):
+            yield dtype
+            return
+        own = {name: value for name, value in self.parameters().items() if name[:4] == "vae."}
+        self._put({name: value.float() for name, value in own.items()})
+        try:
+            yield torch.float32
+        finally:
+            self._put(own)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter lives. Plain tensors may stand there too, as in `torch.func`."""
+
+    module: nn.Module
+    leaf: str
+
+    def get(self) -> Any:
+        return self.module._parameters[self.leaf]
+
+    def put(self, value: Tensor) -> None:
+        self.module._parameters[self.leaf] = value  # type: ignore[assignment]
+
+
+def _places(modules: Mapping[str, nn.Module]) -> dict[str, list[_Place]]:
+    """Every parameter's places by name; tied parameters have several places and one name."""
+    found: dict[int, tuple[str, list[_Place]]] = {}
+    for module_name, module in modules.items():
+        for path, owner in module.named_modules():
+            for leaf, value in owner._parameters.items():
+                if value is None:
+                    continue
+                name = f"{path}.{leaf}" if path else leaf
+                name = f"{module_name}.{plain(name)}"
+                found.setdefault(id(value), (name, []))[1].append(_Place(owner, leaf))
+    return dict(found.values())
+
+
+def plain(name: str) -> str:
+    """A text encoder's parameter name without the prefix that transformers 4 has, 5 has not."""
+    return name.removeprefix("text_model.")
+
+
+def _texts(prompts: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(prompts, str):
+        raise BadInput("prompts is one text; give a list of texts, even for one.")
+    texts = tuple(prompts)
+    if not texts:
+        raise BadInput("there are no prompts.")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise BadInput(f"prompt {i} is a {type(text).__name__}, not a text.")
+    return texts
+
+
+def _counted(
+    progress: Callable[[int, int], None] | None, done: int, total: int, rows: int
+) -> Callable[[int, int], None] | None:
+    """Turn "step i of this batch" into "picture step i of all"."""
+    if progress is None:
+        return None
+    return lambda step, _: progress(done + step * rows, total)

@@ -1,0 +1,43 @@
+"""Writing a folder whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safelight.errors import WorkFailed
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes `path`'s place when the block ends without an error.
+
+    Whatever ends the block early (Ctrl-C included) leaves `path` as it was.
+
+    Raises:
+        WorkFailed: The disk is full, or the place cannot be written.
+    """
+    fresh: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        fresh.chmod(0o755)  # mkdtemp makes it private
+        yield fresh
+        if path.exists():
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            os.replace(path, old / "old")
+            os.replace(fresh, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(fresh, path)
+    except OSError as error:
+        raise WorkFailed(
+            f"{path} could not be written: {error.strerror or error}. Nothing was changed there."
+        ) from error
+    finally:
+        if fresh is not None and fresh.exists():
+            shutil.rmtree(fresh, ignore_errors=True)

@@ -1,0 +1,176 @@
+"""Tiny random models of every family, built in memory in a moment: for tests, docs and dry runs.
+
+They paint noise, but through the very classes that real checkpoints use: every tensor has its real
+place and only the widths are small. Their tokenizers know some common words and spell the rest.
+
+    model = tiny("sdxl", seed=1)
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from safelight.errors import NotFound, unknown
+from safelight.models.base import Sampling, TextToImage
+
+WORDS = (
+    "a an the of in on with and photo picture painting portrait drawing red blue green big small "
+    "cat dog bird horse fish church house car boat train tree park garden street castle man woman "
+    "person child knife bomb skull beer church parachute sky sea night day nudity violence"
+).split()
+
+WIDTH = 32  # of every text encoder and attention
+TOKENS = 24  # of T5; CLIP reads 77 as always
+
+
+def tiny(family: str, seed: int = 0, **settings: Any) -> TextToImage:
+    """A tiny random model.
+
+    Args:
+        family: sd1, sdxl, sd3 or flux.
+        seed: Of the weights; the same seed gives the same weights.
+        settings: Of the family: `prediction` for the U-Nets, `distilled` for flux.
+
+    Raises:
+        NotFound: No such family.
+    """
+    builders: dict[str, Callable[..., TextToImage]] = {
+        "sd1": _sd1,
+    }
+    if family not in builders:
+        raise NotFound(unknown("family", family, builders))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return builders[family](**settings)
+
+
+def tiny_sd1() -> TextToImage:
+    """`tiny("sd1")`."""
+    return tiny("sd1")
+
+
+def tiny_sdxl() -> TextToImage:
+    """`tiny("sdxl")`."""
+    return tiny("sdxl")
+
+
+def tiny_sd3() -> TextToImage:
+    """`tiny("sd3")`."""
+    return tiny("sd3")
+
+
+def tiny_flux() -> TextToImage:
+    """`tiny("flux")`."""
+    return tiny("flux")
+
+
+def _sd1(prediction: str = "epsilon") -> TextToImage:
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+
+    from safelight.models.sd1 import SD1
+
+    tokenizer = clip_tokenizer()
+    return SD1(
+        denoiser=UNet2DConditionModel(cross_attention_dim=WIDTH, **_UNET),
+        vae=_vae(),
+        text_encoders={"clip_l": _clip(tokenizer)},
+        tokenizers={"clip_l": tokenizer},
+        scheduler=DDIMScheduler(**_DDPM, prediction_type=prediction, clip_sample=False),
+        name="tiny-sd1",
+        sampling=Sampling(4, 5.0, (16, 16)),
+    )
+
+
+_UNET: dict[str, Any] = dict(
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    layers_per_block=1,
+    block_out_channels=(16, 32),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    attention_head_dim=2,
+    norm_num_groups=8,
+)
+_DDPM: dict[str, Any] = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+)
+
+
+def _vae(**settings: Any) -> nn.Module:
+    """Two pixels per latent along one side."""
+    from diffusers import AutoencoderKL
+
+    settings = {"latent_channels": 4, "scaling_factor": 0.18215, **settings}
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+        **settings,
+    )
+
+
+def _clip(tokenizer: Any, projected: bool = False) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_factor=5.0,  # so that prompts differ visibly
+    )
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def clip_tokenizer(tokens: int = 77) -> Any:
+    """CLIP's byte-pair tokenizer with the alphabet and `WORDS`; it can spell any text."""
+    from transformers import CLIPTokenizer
+
+    alphabet = _byte_alphabet()
+    pieces = alphabet + [letter + "</w>" for letter in alphabet]
+    merges: dict[tuple[str, str], None] = {}
+    for word in WORDS:
+        left = word[0]
+        for letter in [*word[1:-1], word[-1] + "</w>"][: len(word) - 1]:
+            merges[left, letter] = None
+            left += letter
+    pieces += dict.fromkeys(left + right for left, right in merges)
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)},
+        merges=list(merges),
+        model_max_length=tokens,
+    )
+
+
+def _byte_alphabet() -> list[str]:
+    """The printable letters that byte-level tokenizers write the 256 bytes with."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return sorted(ByteLevel.alphabet())
+
+
+def t5_tokenizer(tokens: int = TOKENS) -> Any:
+    """T5's unigram tokenizer with printable ASCII and `WORDS`."""
+    from transformers import T5TokenizerFast
+
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *string.digits, *string.ascii_letters]
+    pieces += [*string.punctuation, *(f"▁{word}" for word in dict.fromkeys(WORDS))]
+    scores = [0.0 if piece[0] == "<" and len(piece) > 1 else -1.0 for piece in pieces]
+    return T5TokenizerFast(
+        vocab=list(zip(pieces, scores, strict=True)), extra_ids=0, model_max_length=tokens
+    )
