@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(name, "1")
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from jaxtyping import install_import_hook
 
 # Packages whose annotations are real at run time; the others name torch for type checkers only.
 install_import_hook(
     [f"safelight.{name}" for name in ("models", "align", "judge", "guard")], "beartype.beartype"
 )
-
-import pytest
-import torch
 
 FAMILIES = ("sd1", "sdxl", "sd3", "flux")
 

@@ -18,11 +18,11 @@ from torch import nn
 from safelight.errors import NotFound, unknown
 from safelight.models.base import Sampling, TextToImage
 
-WORDS = (
-    "a an the of in on with and photo picture painting portrait drawing red blue green big small "
-    "cat dog bird horse fish church house car boat train tree park garden street castle man woman "
-    "person child knife bomb skull beer church parachute sky sea night day nudity violence"
-).split()
+WORDS = tuple(
+    """a an the of in on with and photo picture painting portrait drawing red blue green big small
+    cat dog bird horse fish church house car boat train tree park garden street castle man woman
+    person child knife bomb skull beer parachute sky sea night day""".split()  # noqa: SIM905
+)
 
 WIDTH = 32  # of every text encoder and attention
 TOKENS = 24  # of T5; CLIP reads 77 as always
@@ -41,6 +41,9 @@ def tiny(family: str, seed: int = 0, **settings: Any) -> TextToImage:
     """
     builders: dict[str, Callable[..., TextToImage]] = {
         "sd1": _sd1,
+        "sdxl": _sdxl,
+        "sd3": _sd3,
+        "flux": _flux,
     }
     if family not in builders:
         raise NotFound(unknown("family", family, builders))
@@ -83,6 +86,95 @@ def _sd1(prediction: str = "epsilon") -> TextToImage:
         scheduler=DDIMScheduler(**_DDPM, prediction_type=prediction, clip_sample=False),
         name="tiny-sd1",
         sampling=Sampling(4, 5.0, (16, 16)),
+    )
+
+
+def _sdxl(prediction: str = "epsilon") -> TextToImage:
+    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+
+    from safelight.models.sdxl import SDXL
+
+    tokenizer, other = clip_tokenizer(), clip_tokenizer()
+    return SDXL(
+        denoiser=UNet2DConditionModel(
+            cross_attention_dim=2 * WIDTH,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+            transformer_layers_per_block=1,
+            use_linear_projection=True,
+            **_UNET,
+        ),
+        vae=_vae(scaling_factor=0.13025, force_upcast=True),
+        text_encoders={"clip_l": _clip(tokenizer), "clip_g": _clip(other, projected=True)},
+        tokenizers={"clip_l": tokenizer, "clip_g": other},
+        scheduler=EulerDiscreteScheduler(**_DDPM, prediction_type=prediction),
+        name="tiny-sdxl",
+        sampling=Sampling(4, 5.0, (16, 16)),
+        config={"force_zeros_for_empty_prompt": True},
+    )
+
+
+def _sd3() -> TextToImage:
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+    from safelight.models.sd3 import SD3
+
+    first, second = clip_tokenizer(), clip_tokenizer()
+    return SD3(
+        denoiser=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            caption_projection_dim=32,
+            joint_attention_dim=3 * WIDTH,
+            pooled_projection_dim=2 * WIDTH,
+            pos_embed_max_size=16,
+        ),
+        vae=_vae(scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoders={
+            "clip_l": _clip(first, projected=True),
+            "clip_g": _clip(second, projected=True),
+            "t5": _t5(3 * WIDTH),
+        },
+        tokenizers={"clip_l": first, "clip_g": second, "t5": t5_tokenizer()},
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        name="tiny-sd3",
+        sampling=Sampling(4, 5.0, (16, 16)),
+        t5_tokens=TOKENS,
+    )
+
+
+def _flux(distilled: bool = True) -> TextToImage:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+
+    from safelight.models.flux import Flux
+
+    tokenizer = clip_tokenizer()
+    return Flux(
+        denoiser=FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            axes_dims_rope=(4, 4, 8),
+            guidance_embeds=distilled,
+        ),
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoders={"clip_l": _clip(tokenizer), "t5": _t5(WIDTH)},
+        tokenizers={"clip_l": tokenizer, "t5": t5_tokenizer()},
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        name="tiny-flux",
+        sampling=Sampling(4, 3.5, (16, 16)),
+        t5_tokens=TOKENS,
     )
 
 
@@ -134,6 +226,22 @@ def _clip(tokenizer: Any, projected: bool = False) -> nn.Module:
         initializer_factor=5.0,  # so that prompts differ visibly
     )
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def _t5(width: int) -> nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=256,
+            d_model=width,
+            d_kv=8,
+            d_ff=2 * width,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )
+    )
 
 
 def clip_tokenizer(tokens: int = 77) -> Any:
