@@ -174,9 +174,14 @@ class TextToImage(ABC):
 
     def cast(self, *, device: torch.device, dtype: torch.dtype) -> None:
         """Move all modules. `hashes` keeps naming the weights as they were before rounding."""
-        before = self.hashes() if dtype != torch.float32 else {}
+        rounds = dtype != torch.float32 and any(
+            p.dtype != dtype for p in self.parameters().values()
+        )
+        before = self.hashes() if rounds else {}
         for module in self.modules.values():
-            module.to(device=device, dtype=dtype)
+            nn.Module.to(module, device=device, dtype=dtype)  # diffusers' own warns for nothing
+            if dtype == torch.float16:  # T5's overflow there
+                _keep_precise(module)
         if before:
             self._loaded_as = {now: before[name] for name, now in self.hashes().items()}
 
@@ -629,6 +634,14 @@ def _places(modules: Mapping[str, nn.Module]) -> dict[str, list[_Place]]:
                 name = f"{module_name}.{plain(name)}"
                 found.setdefault(id(value), (name, []))[1].append(_Place(owner, leaf))
     return dict(found.values())
+
+
+def _keep_precise(module: nn.Module) -> None:
+    """Put those layers that their authors want in float32 back there."""
+    leaves = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    for name, layer in module.named_modules():
+        if name.rpartition(".")[2] in leaves:
+            layer.float()
 
 
 def plain(name: str) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from safelight.errors import WorkFailed
 
 
@@ -34,9 +36,10 @@ def replaced(path: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(fresh, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
         raise WorkFailed(
-            f"{path} could not be written: {error.strerror or error}. Nothing was changed there."
+            f"{path} could not be written: {why}. Nothing was changed there."
         ) from error
     finally:
         if fresh is not None and fresh.exists():

@@ -1,0 +1,139 @@
+"""Exporting: a plain diffusers folder that needs no Safelight, patches melted in.
+
+The weights of CLIP text encoders are written with the `text_model.` prefix: transformers 5 reads
+them with or without it, but 4 silently replaces flat ones by random numbers. For the same reason
+tokenizers get the files of both generations.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from safelight.errors import BadInput
+from safelight.models.base import TextToImage, plain
+from safelight.models.folder import replaced
+from safelight.models.load import tokenizer_part
+from safelight.models.patch import Patch, worn
+
+log = logging.getLogger(__name__)
+
+
+def export(
+    model: TextToImage,
+    patches: Sequence[Patch],
+    path: str | Path,
+    *,
+    scales: Sequence[float] | None = None,
+) -> Path:
+    """Write the model with patches melted in, in the precision it is loaded in.
+
+    Args:
+        model: The model the patches were made for.
+        patches: They add up.
+        path: A new folder, or one that an earlier export wrote.
+        scales: One per patch; all 1 if None.
+
+    Raises:
+        BadInput: Something else is at `path`, or a patch was made for other weights.
+        WorkFailed: It could not be written; what was there before is intact.
+    """
+    path = Path(path)
+    if scales is not None and len(scales) != len(patches):
+        raise BadInput(f"there are {len(scales)} scales for {len(patches)} patches.")
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not _is_export(path)):
+        raise BadInput(f"{path} exists and is not an earlier export; choose another place.")
+    with worn(model, patches, scales), replaced(path) as folder:
+        with _quiet():
+            pipeline_of(model).save_pretrained(folder)
+        for name, module in model.text_encoders.items():
+            if type(module).__name__.startswith("CLIP"):
+                _prefix(folder / model.parts[name])
+        _both_tokenizers(model, folder)
+        about = {
+            "name": path.name,
+            "sampling": asdict(model.sampling),
+            "patches": [patch.about for patch in patches],
+            "scales": list(scales or [1.0] * len(patches)),
+        }
+        if "t5" in model.tokens:
+            about["t5_tokens"] = model.tokens["t5"]
+        (folder / "safelight.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    return path
+
+
+def pipeline_of(model: TextToImage) -> Any:
+    """The diffusers pipeline made of the model's own modules, patches as they are on now."""
+    import diffusers
+
+    parts: dict[str, Any] = dict.fromkeys(model.parts.values())
+    parts |= {model.parts[name]: module for name, module in model.modules.items()}
+    for name in model.parts:
+        if name not in ("denoiser", "vae"):
+            parts[tokenizer_part(type(model), name)] = model.tokenizers.get(name)
+    if model.family == "sd1":
+        parts |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    if model.family == "sdxl":
+        force = model.config.get("force_zeros_for_empty_prompt", True)
+        parts |= dict(force_zeros_for_empty_prompt=force, add_watermarker=False)
+    with _quiet():
+        return getattr(diffusers, model.pipeline)(scheduler=model.scheduler, **parts)
+
+
+def prefixed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CLIP's weights with the names that transformers 4 and 5 both read."""
+    outside = ("text_projection.",)
+    return {
+        key if key.startswith(outside) else f"text_model.{plain(key)}": value
+        for key, value in weights.items()
+    }
+
+
+def _prefix(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        save_file(prefixed(load_file(file)), file, metadata={"format": "pt"})
+    for listing in folder.glob("*.safetensors.index.json"):
+        about = json.loads(listing.read_text(encoding="utf-8"))
+        about["weight_map"] = prefixed(about["weight_map"])
+        listing.write_text(json.dumps(about, indent=2), encoding="utf-8")
+
+
+def _both_tokenizers(model: TextToImage, folder: Path) -> None:
+    """transformers 5 writes tokenizer.json only; 4 builds CLIP's from vocab.json, merges.txt."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    for encoder, tokenizer in model.tokenizers.items():
+        part = tokenizer_part(type(model), encoder)
+        if encoder == "t5":
+            index[part] = ["transformers", "T5TokenizerFast"]  # the name both generations know
+        elif not (folder / part / "vocab.json").is_file():
+            tokenizer.backend_tokenizer.model.save(str(folder / part))
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _is_export(path: Path) -> bool:
+    file = path / "safelight.json"
+    return file.is_file() and '"patches"' in file.read_text(encoding="utf-8")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers draws and says while pipelines are built and saved."""
+    from transformers.utils import logging as upstream
+
+    drawn, loudness = upstream.is_progress_bar_enabled(), upstream.get_verbosity()
+    upstream.disable_progress_bar()
+    upstream.set_verbosity_error()
+    try:
+        yield
+    finally:
+        upstream.set_verbosity(loudness)
+        if drawn:
+            upstream.enable_progress_bar()
