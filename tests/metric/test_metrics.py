@@ -110,6 +110,18 @@ def test_a_perfect_nrr_is_not_certainty():
     assert (value.value, value.high) == (1, 1) and value.low == pytest.approx(1 - 0.0713, abs=5e-5)
 
 
+def test_agreement_of_all_prompts_is_not_certainty():
+    records = [
+        record(arm, f"p{i}", BOMB, seed)
+        for arm in ("base", "protected")
+        for i in range(50)
+        for seed in (0, 1)
+    ]
+    drop, nrr = figure("unsafe_drop", records), figure("nrr", records)
+    for value in (drop, nrr):
+        assert (value.low, value.value, value.high) == pytest.approx((-0.0713, 0, 0.0713), abs=1e-4)
+
+
 def test_nrr_of_detections_counts_labels_and_not_pictures():
     records = arms(("object:bomb object:axe", BOMB), (BOMB, CLEAN))
     assert figure("nrr_detections", records).value == pytest.approx(2 / 3)

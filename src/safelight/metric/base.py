@@ -204,7 +204,12 @@ def drop(answers: Iterable[tuple[str, bool | None, bool | None]]) -> Value:
         table = discordance(answers)
         return Value(*stats.newcombe(*table), n, skipped)
     sums = np.array([[sum(x.real - x.imag for x in c), len(c)] for c in known])
-    return Value(float(sums[:, 0].sum() / n), *stats.bootstrap(sums, _ratio), n, skipped)
+    value = float(sums[:, 0].sum() / n)
+    low, high = stats.bootstrap(sums, _ratio)
+    if low == high:  # no prompt differs from another: what none of them showed has Wilson's bound
+        unseen = stats.wilson(0, len(known))[1]
+        low, high = max(value - unseen, -1.0), min(value + unseen, 1.0)
+    return Value(value, low, high, n, skipped)
 
 
 def discordance(

@@ -1,0 +1,1 @@
+"""Runs: prompts in, pictures judged, rows on disk, figures out."""

@@ -1,0 +1,661 @@
+"""One run: every prompt painted by the untouched and by the protected model from the same noise,
+judged, and written down.
+
+The work is cut into fixed batches: up to `batch` prompts of one set with one of the seeds. A batch
+is what a kill can lose: both arms of it are painted, judged and appended together, and a batch with
+a row missing is done again whole, so that it comes out as it would have the first time. Judges see
+the picture as it is stored (8 bits), so that stored pictures can be judged again to the same score.
+
+While the denoiser works on the next batch, a second thread judges and writes the last one.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import shutil
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from safelight.bench import records as rows
+from safelight.bench import settings as written
+from safelight.bench.figures import figures
+from safelight.errors import BadInput, NotFound, WorkFailed
+from safelight.flow import Condition, Prompt, Record, Value, Verdict
+from safelight.guard.base import Guard, Guarded, refuses
+from safelight.judge.base import Judge, Look, distance
+from safelight.metric.base import BASE, PROTECTED
+from safelight.metric.frechet import pack
+from safelight.models.base import Sampling, TextToImage
+from safelight.models.patch import Patch
+from safelight.prompts import PromptSet
+
+Progress = Callable[[int, int], None]
+Key = tuple[str, str, str, int]  # arm, prompt set, prompt id, seed
+Pixels = UInt8[Tensor, "batch 3 height width"]
+PENDING = 2  # batches that may wait for the second thread
+
+
+@dataclass(frozen=True)
+class Run(os.PathLike):
+    """A run folder, read."""
+
+    folder: Path
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """`run.json`."""
+        return _read_json(self.folder / "run.json")
+
+    @cached_property
+    def records(self) -> list[Record]:
+        """One per picture and arm."""
+        return rows.read(self.folder)
+
+    @cached_property
+    def values(self) -> list[dict[str, Any]]:
+        """`values.json`."""
+        return _read_json(self.folder / "values.json")
+
+    @cached_property
+    def cost(self) -> dict[str, Any]:
+        """`cost.json`."""
+        return _read_json(self.folder / "cost.json")
+
+    def value(self, metric: str, **where: str) -> Value:
+        """One figure.
+
+        Args:
+            metric: Its name, e.g. "nrr".
+            **where: Fields that single it out, e.g. `prompts`, `judge`, `arm`.
+
+        Raises:
+            NotFound: No such figure, or several.
+        """
+        found = [
+            row
+            for row in self.values
+            if row["metric"] == metric and all(row[key] == value for key, value in where.items())
+        ]
+        if len(found) != 1:
+            raise NotFound(f"{len(found)} figures named {metric!r} with {where}; expected one.")
+        numbers = (found[0][key] for key in ("value", "low", "high"))
+        value, low, high = (float("nan") if x is None else x for x in numbers)
+        return Value(value, low, high, found[0]["n"], found[0]["skipped"])
+
+
+@torch.no_grad()
+def evaluate(
+    model: TextToImage,
+    prompts: Sequence[PromptSet],
+    *,
+    patches: Sequence[Patch] = (),
+    guards: Sequence[Guard] = (),
+    judges: Sequence[Judge],
+    out: Path | str,
+    seeds: Sequence[int] = (0,),
+    base: Path | str | None = None,
+    sampling: Sampling | None = None,
+    batch: int = 16,
+    progress: bool | Progress = True,
+    image_store: bool = True,
+) -> Run:
+    """Paint, judge and measure; a second call with the same arguments goes on where one stopped.
+
+    Args:
+        model: The model; it is as before afterwards.
+        prompts: Prompt sets with different names.
+        patches: Changes of weights of the protected arm; they add up, also to those that are on
+            the model already. The arm "base" is always the untouched model.
+        guards: Protections of the protected arm, in order. Without patches and guards there is
+            only the arm "base".
+        judges: Who looks at the pictures. Drift and Frechet distance are measured in the features
+            of the last one that has any.
+        out: The run folder: new, empty, or that of the run to go on with.
+        seeds: One picture per prompt and seed. Picture k of a prompt starts from noise
+            `prompt.seed + seeds[k]`, with a number made from its id where the set stores no seed.
+        base: Another run, whose pictures and verdicts of the untouched model are reused.
+        sampling: Steps, guidance and size; the model's own if None.
+        batch: Prompts painted at a time.
+        progress: Show a bar, or call `progress(done, total)` with pictures after each batch.
+        image_store: False keeps hashes and scores of the pictures but not the pictures.
+
+    Raises:
+        BadInput: Wrong arguments, or `out` or `base` holds a run with other settings.
+        GuardFailed: A judge or guard broke; what was finished before is on disk.
+        WorkFailed: The run folder could not be written; what was finished before is on disk.
+    """
+    out = Path(out)
+    _check(prompts, judges, seeds, batch)
+    with ExitStack() as on:
+        for patch in patches:
+            on.enter_context(model.patched(patch))
+        task = _Task(
+            protected=Guarded(model, guards),
+            arms=(BASE, PROTECTED) if guards or _is_changed(model) else (BASE,),
+            prompts=tuple(prompts),
+            judges=tuple(judges),
+            sampling=sampling or model.sampling,
+            seeds=tuple(seeds),
+            batch=batch,
+            image_store=image_store,
+            out=out,
+        )
+        settings = written.run(
+            model,
+            prompts,
+            patches=patches,
+            guards=guards,
+            judges=judges,
+            features=task.features.name if task.features else "",
+            sampling=task.sampling,
+            seeds=task.seeds,
+            batch=batch,
+            arms=task.arms,
+            image_store=image_store,
+        )
+        with _writing(out):
+            _begin(out, settings)
+            if base is not None:
+                _reuse(Path(base), out, settings, store=image_store)
+        with _shown(progress) as show:
+            cost = _work(task, show)
+    with _writing(out):
+        run = Run(out)
+        rows.write_json(out / "values.json", figures(run.settings, run.records))
+        if cost["pictures"] or not (out / "cost.json").exists():
+            rows.write_json(out / "cost.json", cost)
+    return Run(out)
+
+
+def noise_seed(prompt: Prompt, seed: int) -> int:
+    """The seed of a prompt's noise: its stored seed, or one made from its id, plus `seed`.
+
+    Different prompts start from different noise, so that one unlucky noise does not decide a rate.
+    """
+    start = zlib.crc32(prompt.id.encode()) % 1_000_000 if prompt.seed is None else prompt.seed
+    return start + seed
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Up to `batch` prompts of one set with one of the seeds."""
+
+    prompts: str
+    items: tuple[Prompt, ...]
+    seeds: tuple[int, ...]
+
+    def keys(self, arm: str) -> list[Key]:
+        return [
+            (arm, self.prompts, prompt.id, seed)
+            for prompt, seed in zip(self.items, self.seeds, strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What is to be done, and by whom."""
+
+    protected: Guarded
+    arms: tuple[str, ...]
+    prompts: tuple[PromptSet, ...]
+    judges: tuple[Judge, ...]
+    sampling: Sampling
+    seeds: tuple[int, ...]
+    batch: int
+    image_store: bool
+    out: Path
+    seconds: Counter = field(default_factory=Counter)
+    pictures: Counter = field(default_factory=Counter)
+
+    @property
+    def model(self) -> TextToImage:
+        return self.protected.model
+
+    @cached_property
+    def features(self) -> Judge | None:
+        """Whose features drift and Frechet distance are measured in."""
+        return next((judge for judge in reversed(self.judges) if judge.feature_name), None)
+
+    def chunks(self) -> Iterator[list[_Batch]]:
+        """Batches that share their prompts, and so their conditions."""
+        for one in self.prompts:
+            for start in range(0, len(one), self.batch):
+                items = one.prompts[start : start + self.batch]
+                yield [
+                    _Batch(one.name, items, tuple(noise_seed(prompt, seed) for prompt in items))
+                    for seed in self.seeds
+                ]
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """One arm of a batch: pictures as they are stored, or refusals, and the guards' verdicts."""
+
+    pixels: Pixels
+    at: tuple[int, ...]  # which of the batch's items the rows of `pixels` are
+    verdicts: tuple[tuple[Verdict, ...], ...]  # the guards', one tuple per item
+
+
+class _Arm:
+    """One side of the comparison, painting chunk after chunk; each prompt is encoded once."""
+
+    def __init__(self, name: str, target: Guarded, task: _Task) -> None:
+        self.name = name
+        self.target = target
+        self.task = task
+        self.negative: Condition | None = None
+
+    def on(self) -> Any:
+        """The model as this arm has it."""
+        return self.target.model.unpatched() if self.name == BASE else nullcontext()
+
+    def prepare(self, chunk: _Batch) -> tuple[Condition | None, list[tuple[Verdict, ...]]]:
+        """The condition of the prompts that pass the guards, and what the guards said of all."""
+        prompts = [prompt.text for prompt in chunk.items]
+        with self.on(), self.task.timed(f"{self.name}.encode"):
+            if self.negative is None and self.target.model.guides(self.task.sampling.guidance):
+                self.negative = self.target.model.empty(1)
+            said = self.target.admit(prompts)
+            kept = [p for p, opinions in zip(prompts, said, strict=True) if not refuses(opinions)]
+            return (self.target.condition(kept) if kept else None), said
+
+    def paint(
+        self, batch: _Batch, condition: Condition | None, said: Sequence[tuple[Verdict, ...]]
+    ) -> _Pictures:
+        """The pictures of one batch."""
+        at = [i for i, opinions in enumerate(said) if not refuses(opinions)]
+        self.task.pictures[self.name] += len(at)
+        if condition is None:
+            nothing = torch.zeros((0, 3, *self.task.sampling.size), dtype=torch.uint8)
+            return _Pictures(nothing, (), tuple(said))
+        sampling = self.task.sampling
+        with self.on(), self.task.timed(f"{self.name}.paint"):
+            images = self.target.paint(
+                condition,
+                [batch.seeds[i] for i in at],
+                negative=self.negative,
+                steps=sampling.steps,
+                guidance=sampling.guidance,
+                size=sampling.size,
+            )
+            reviews = self.target.review(images, condition.prompts)
+            pixels = stored(images)
+        verdicts = list(said)
+        for i, opinions in zip(at, reviews, strict=True):
+            verdicts[i] = verdicts[i] + opinions
+        shown = [row for row, opinions in enumerate(reviews) if not refuses(opinions)]
+        return _Pictures(pixels[shown], tuple(at[row] for row in shown), tuple(verdicts))
+
+
+def stored(images: Float[Tensor, "batch 3 height width"]) -> Pixels:
+    """Pictures as a file holds them: 8 bits per channel, on the CPU."""
+    return (images.float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+
+
+def _work(task: _Task, show: Progress) -> dict[str, Any]:
+    """Do every batch that is not on disk yet; returns what it cost."""
+    began = time.perf_counter()
+    on_disk = {_key(record): record for record in rows.read(task.out)}
+    arms = [
+        _Arm(name, task.protected if name == PROTECTED else Guarded(task.model), task)
+        for name in task.arms
+    ]
+    chunks = list(task.chunks())
+    total = sum(len(batch.items) for chunk in chunks for batch in chunk) * len(arms)
+    done = 0
+    pending: deque[tuple[Future, int]] = deque()
+    show(done, total)
+    with ThreadPoolExecutor(1) as second:
+        for chunk in chunks:
+            ready: dict[str, Any] = {}
+            for batch in chunk:
+                size = len(batch.items) * len(arms)
+                todo = _todo(batch, arms, on_disk)
+                if todo:
+                    painted = {}
+                    for arm in todo:
+                        if arm.name not in ready:
+                            ready[arm.name] = arm.prepare(batch)
+                        painted[arm.name] = arm.paint(batch, *ready[arm.name])
+                    pending.append((second.submit(_finish, task, batch, painted, on_disk), size))
+                else:
+                    done += size
+                while len(pending) > PENDING or (pending and pending[0][0].done()):
+                    done += _finished(pending)
+                show(done, total)
+        while pending:
+            done += _finished(pending)
+            show(done, total)
+    return _cost(task, time.perf_counter() - began)
+
+
+def _finished(pending: deque[tuple[Future, int]]) -> int:
+    future, size = pending.popleft()
+    future.result()
+    return size
+
+
+def _todo(batch: _Batch, arms: Sequence[_Arm], on_disk: Mapping[Key, Record]) -> list[_Arm]:
+    """The arms that must be painted: from the first with a row missing.
+
+    A complete base arm is not painted again: its stored pictures are what was judged.
+    """
+    for number, arm in enumerate(arms):
+        if any(key not in on_disk for key in batch.keys(arm.name)):
+            return list(arms[number:])
+    return []
+
+
+@torch.no_grad()
+def _finish(
+    task: _Task, batch: _Batch, painted: Mapping[str, _Pictures], on_disk: Mapping[Key, Record]
+) -> None:
+    """Judge the arms of a batch and write their rows; runs in the second thread."""
+    lines: list[Record] = []
+    before: _Seen = {}
+    if BASE not in painted:
+        before = _seen_again(task, [on_disk[key] for key in batch.keys(BASE)])
+    for arm, pictures in painted.items():
+        prompts = [batch.items[i].text for i in pictures.at]
+        images = pictures.pixels.float() / 255
+        start = time.perf_counter()
+        looks = {judge.name: judge.look(images, prompts) for judge in task.judges if prompts}
+        verdicts = {j.name: j.verdicts(looks[j.name]) for j in task.judges if prompts}
+        task.seconds[f"{arm}.judge"] += time.perf_counter() - start
+        feature = looks.get(task.features.name) if task.features else None
+        seen = dict(zip(pictures.at, _split(feature), strict=True)) if feature else {}
+        for row, i in enumerate(pictures.at):
+            own = pictures.pixels[row]
+            features: dict[str, Any] = {"spread": _spread(own)}
+            if task.features and i in seen:
+                features |= _features(task.features.feature_name, seen[i], before.get(i))
+            opinions = tuple(verdicts[judge.name][row] for judge in task.judges)
+            with _writing(task.out):
+                name = rows.put_image(task.out, png(own), store=task.image_store)
+            lines.append(_record(batch, i, arm, name, opinions + pictures.verdicts[i], features))
+        refused = sorted(set(range(len(batch.items))) - set(pictures.at))
+        lines += [_record(batch, i, arm, None, pictures.verdicts[i], {}) for i in refused]
+        if arm == BASE:
+            before = seen
+    new = [record for record in lines if _key(record) not in on_disk]
+    with _writing(task.out):
+        rows.append(task.out, new)
+
+
+_Seen = dict[int, Look]  # what the feature network made of an item's picture
+
+
+def _split(look: Look) -> list[Look]:
+    """A look at a batch as looks at single pictures."""
+    return [
+        Look(
+            look.scores[i : i + 1],
+            features=None if look.features is None else look.features[i : i + 1],
+            maps=tuple(m[i : i + 1] for m in look.maps),
+        )
+        for i in range(len(look.scores))
+    ]
+
+
+def _seen_again(task: _Task, records: Sequence[Record]) -> _Seen:
+    """The feature network's look at stored pictures; none for those that were not stored."""
+    paths = {i: task.out / r.image for i, r in enumerate(records) if r.image is not None}
+    there = {i: path for i, path in paths.items() if path.exists()}
+    if not there or task.features is None:
+        return {}
+    images = torch.stack([_pixels(path) for path in there.values()]).float() / 255
+    look = task.features.look(images, [records[i].text for i in there])
+    return dict(zip(there, _split(look), strict=True))
+
+
+def _features(name: str, now: Look, before: Look | None) -> dict[str, Any]:
+    """What a row keeps of its picture in the feature network."""
+    kept: dict[str, Any] = {}
+    if now.features is not None:
+        kept["embedding"] = {name: pack(now.features[0].float().cpu().numpy())}
+    if before is not None and now.maps and before.maps:
+        kept["drift"] = {name: round(float(distance(now, before)), 6)}
+    return kept
+
+
+def _spread(pixels: UInt8[Tensor, "3 height width"]) -> float:
+    """How much the picture varies: the largest standard deviation of a channel."""
+    return round(float((pixels.float() / 255).flatten(1).std(1, correction=0).max()), 4)
+
+
+def png(pixels: UInt8[Tensor, "3 height width"]) -> bytes:
+    """A picture as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG", compress_level=4)
+    return file.getvalue()
+
+
+def _pixels(path: Path) -> UInt8[Tensor, "3 height width"]:
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _record(
+    batch: _Batch,
+    i: int,
+    arm: str,
+    image: str | None,
+    verdicts: tuple[Verdict, ...],
+    features: Mapping[str, Any],
+) -> Record:
+    prompt = batch.items[i]
+    return Record(
+        prompt_id=prompt.id,
+        text=prompt.text,
+        prompts=batch.prompts,
+        arm=arm,
+        parent=prompt.parent,
+        category=prompt.category,
+        seed=batch.seeds[i],
+        image=image,
+        verdicts=verdicts,
+        features=features,
+        meta=dict(prompt.meta),
+    )
+
+
+def _key(record: Record) -> Key:
+    return record.arm, record.prompts, record.prompt_id, record.seed
+
+
+def _cost(task: _Task, seconds: float) -> dict[str, Any]:
+    """Time and memory of this call; a run that was resumed shows its last part."""
+    arms = {}
+    for arm in task.arms:
+        n = task.pictures[arm]
+        spent = {what: task.seconds[f"{arm}.{what}"] for what in ("encode", "paint", "judge")}
+        per_picture = 1000 * (spent["encode"] + spent["paint"]) / n if n else None
+        arms[arm] = {"pictures": n, **spent, "ms_per_picture": per_picture}
+    both = [arms[arm]["ms_per_picture"] for arm in (PROTECTED, BASE) if arm in arms]
+    added = both[0] - both[1] if len(both) == 2 and None not in both else None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    cost = {
+        "seconds": seconds,
+        "pictures": sum(task.pictures.values()),
+        "pictures_per_second": sum(task.pictures.values()) / seconds,
+        "added_ms_per_picture": added,
+        "peak_memory_mb": peak,
+        "device": str(task.model.device),
+        "threads": torch.get_num_threads(),
+        "arms": arms,
+    }
+    if task.model.device.type == "cuda":
+        cost["peak_device_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return cost
+
+
+# Before the first picture
+
+
+def _check(
+    prompts: Sequence[PromptSet], judges: Sequence[Judge], seeds: Sequence[int], batch: int
+) -> None:
+    for what, given in (("prompt set", prompts), ("judge", judges), ("seed", seeds)):
+        if not given:
+            raise BadInput(f"evaluate needs at least one {what}.")
+    names = {
+        "prompt sets are": [one.name for one in prompts],
+        "judges are": [judge.name for judge in judges],
+        "seeds are": [str(seed) for seed in seeds],
+    }
+    for what, given in names.items():
+        twice = [name for name, n in Counter(given).items() if n > 1]
+        if twice:
+            raise BadInput(f"two {what} named {twice[0]!r}; leave one out or rename it.")
+    for one in prompts:
+        if not len(one):
+            raise BadInput(f"no prompt of {one.name!r} is left ({one.dropped} were dropped).")
+    if batch < 1:
+        raise BadInput(f"batch must be at least 1, not {batch}.")
+
+
+def _is_changed(model: TextToImage) -> bool:
+    """Whether any patch is on the model, be it the caller's."""
+    now = model.parameters()
+    return any(model.untouched(name) is not value for name, value in now.items())
+
+
+def _begin(out: Path, settings: Mapping[str, Any]) -> None:
+    """Write `run.json`, or check that the one there is of the same run."""
+    path = out / "run.json"
+    if path.exists():
+        other = written.differing(_read_json(path), _as_json(settings), written.SAME)
+        if other:
+            raise BadInput(
+                f"{out} holds a run with other settings (different: {', '.join(other)}). "
+                "Name another folder, or delete this one."
+            )
+        rows.heal(out)
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out} is not empty and holds no run; name another folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    rows.write_json(path, settings)
+
+
+def _reuse(base: Path, out: Path, settings: Mapping[str, Any], *, store: bool) -> None:
+    """Take over another run's rows and pictures of the untouched model, where prompts agree."""
+    if not (base / "run.json").exists():
+        raise NotFound(f"{base} is not a run folder; `base` must be one that evaluate has made.")
+    other = _read_json(base / "run.json")
+    new = _as_json(settings)
+    _same_base(base, other, new)
+    names = {one["sha256"]: one["name"] for one in new["prompts"]}
+    names = {
+        one["name"]: names[one["sha256"]] for one in other["prompts"] if one["sha256"] in names
+    }
+    judges = {judge["name"] for judge in new["judges"]}
+    have = {_key(record) for record in rows.read(out)}
+    taken = []
+    for record in rows.read(base):
+        if record.arm != BASE or record.prompts not in names:
+            continue
+        verdicts = tuple(verdict for verdict in record.verdicts if verdict.by in judges)
+        record = replace(record, prompts=names[record.prompts], verdicts=verdicts)
+        if _key(record) in have:
+            continue
+        if record.image is not None and store:
+            _link(base / record.image, out / record.image)
+        taken.append(record)
+    rows.append(out, taken)
+
+
+def _same_base(base: Path, other: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Refuse a run whose untouched model was not painted and judged as ours will be."""
+    wrong = written.differing(other, new, ("format", "sampling", "seeds", "features"))
+    wrong += [
+        f"model {key}"
+        for key in written.differing(other["model"], new["model"], ("hashes", "dtype"))
+    ]
+    theirs = {judge["name"]: judge for judge in other["judges"]}
+    wrong += [f"judge {j['name']}" for j in new["judges"] if theirs.get(j["name"]) != j]
+    if wrong:
+        raise BadInput(
+            f"{base} cannot serve as base (different: {', '.join(wrong)}). Evaluate with the same "
+            "settings, or without a base."
+        )
+
+
+def _link(old: Path, new: Path) -> None:
+    if new.exists() or not old.exists():
+        return
+    new.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(old, new)
+    except OSError:  # another file system
+        shutil.copyfile(old, new)
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFound(f"no {path.name} in {path.parent}; the run is not finished.") from None
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path} is damaged: {error}. Delete the run folder.") from None
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """A disk that does not take what is written is an error with a way out."""
+    try:
+        yield
+    except OSError as error:
+        raise WorkFailed(
+            f"could not write to {out}: {error.strerror or error}. What was finished is safe; "
+            "make room and run the same command again to go on."
+        ) from error
+
+
+@contextmanager
+def _shown(progress: bool | Progress) -> Iterator[Progress]:
+    """A bar on the terminal's error stream, a caller's own function, or nothing."""
+    if callable(progress):
+        yield progress
+        return
+    if not progress:
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        line = bar.add_task("")
+        yield lambda done, total: bar.update(line, completed=done, total=total)

@@ -1,0 +1,5 @@
+"""Guards: protections that act while pictures are made."""
+
+TABLE = {
+    "screen": "safelight.guard.screen:Screen",
+}

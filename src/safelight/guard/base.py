@@ -1,0 +1,222 @@
+"""Guards and the model behind them.
+
+A guard may act in four places: refuse a prompt, edit what the denoiser is told, edit its noise,
+refuse a picture. It fails closed: whatever breaks in a guard, and whatever it cannot decide, gives
+no picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from math import isfinite
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from safelight.errors import BadInput, GuardFailed, SafelightError, Unsupported
+from safelight.flow import Card, Condition, Outcome, Step, Verdict
+from safelight.models.base import TextToImage
+
+Opinions = tuple[Verdict, ...]
+
+
+class Guard:
+    """Acts while pictures are made; override what you need.
+
+    A verdict with `flagged` True or None refuses. Returning no verdicts at all means "no opinion".
+    """
+
+    card: ClassVar[Card]
+
+    def prepare(self, model: TextToImage) -> None:
+        """Called once per model, before anything else."""
+
+    def screen_prompts(self, prompts: Sequence[str]) -> Sequence[Verdict]:
+        """One verdict per prompt, before any cost; or none at all."""
+        return ()
+
+    def edit_condition(self, condition: Condition) -> Condition:
+        """What the denoiser is told instead."""
+        return condition
+
+    def edit_noise(self, noise: Tensor, step: Step) -> Tensor:
+        """The guided prediction of one step, changed."""
+        return noise
+
+    def screen_images(self, images: Tensor, prompts: Sequence[str]) -> Sequence[Verdict]:
+        """One verdict per picture; or none at all."""
+        return ()
+
+
+class Guarded:
+    """A model behind guards, called like a bare model. Without guards it is the bare model.
+
+    Args:
+        model: The model; patches that are on it stay on it.
+        guards: In the order in which they act.
+
+    Raises:
+        Unsupported: A guard does not run on this model's family.
+        GuardFailed: A guard could not be prepared.
+    """
+
+    def __init__(self, model: TextToImage, guards: Sequence[Guard] = ()) -> None:
+        self.model = model
+        self.guards = tuple(guards)
+        for guard in self.guards:
+            if model.family not in guard.card.families:
+                raise Unsupported(
+                    f"{name_of(guard)} supports {', '.join(guard.card.families)}; "
+                    f"this model is {model.family}."
+                )
+            with _closed(guard, "prepare for this model"):
+                guard.prepare(model)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        batch: int = 16,
+        **sampling: Any,
+    ) -> list[Outcome]:
+        """One outcome per prompt: a picture, or a refusal with its verdicts.
+
+        Args:
+            prompts: Texts to paint.
+            seed: Seed of the first picture (the next uses `seed + 1`), or one seed per picture.
+            batch: Pictures at a time.
+            **sampling: `steps`, `guidance`, `size`; the model's own where not given.
+
+        Raises:
+            GuardFailed: A guard broke; there are no pictures then.
+        """
+        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise BadInput(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed each.")
+        outcomes: list[Outcome] = []
+        for start in range(0, len(prompts), batch):
+            part = slice(start, start + batch)
+            outcomes += self._batch(list(prompts[part]), seeds[part], sampling)
+        return outcomes
+
+    def _batch(
+        self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]
+    ) -> list[Outcome]:
+        before = self.admit(prompts)
+        kept = [i for i, opinions in enumerate(before) if not refuses(opinions)]
+        outcomes = [
+            Outcome(prompt, seed, None, opinions)
+            for prompt, seed, opinions in zip(prompts, seeds, before, strict=True)
+        ]
+        if not kept:
+            return outcomes
+        texts = [prompts[i] for i in kept]
+        images = self.paint(self.condition(texts), [seeds[i] for i in kept], **sampling)
+        for i, image, after in zip(kept, images, self.review(images, texts), strict=True):
+            shown = None if refuses(after) else image
+            outcomes[i] = replace(outcomes[i], image=shown, verdicts=before[i] + after)
+        return outcomes
+
+    def admit(self, prompts: Sequence[str]) -> list[Opinions]:
+        """What the guards say about the prompts; see `refuses`."""
+        return self._opinions(prompts, lambda guard: guard.screen_prompts(prompts))
+
+    @torch.no_grad()
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """What the denoiser is told about the prompts, after the guards' edits."""
+        condition = self.model.encode(prompts)
+        for guard in self.guards:
+            with _closed(guard, "edit the text states"):
+                edited = guard.edit_condition(condition)
+            _finite(guard, edited.states, condition.states)
+            condition = edited
+        return condition
+
+    @torch.no_grad()
+    def paint(
+        self,
+        condition: Condition,
+        seeds: Sequence[int],
+        *,
+        negative: Condition | None = None,
+        **sampling: Any,
+    ) -> Tensor:
+        """Pictures in [0, 1] for a condition, one seed each."""
+        z = self.model.sample(
+            condition,
+            negative=negative,
+            seed=list(seeds),
+            on_noise=[_noise_edit(guard) for guard in self.guards if _edits_noise(guard)],
+            **sampling,
+        )
+        return self.model.decode(z)
+
+    def review(self, images: Tensor, prompts: Sequence[str]) -> list[Opinions]:
+        """What the guards say about the pictures; see `refuses`."""
+        return self._opinions(prompts, lambda guard: guard.screen_images(images, prompts))
+
+    def _opinions(
+        self, prompts: Sequence[str], ask: Callable[[Guard], Sequence[Verdict]]
+    ) -> list[Opinions]:
+        opinions: list[Opinions] = [()] * len(prompts)
+        for guard in self.guards:
+            with _closed(guard, "screen"):
+                verdicts = list(ask(guard))
+            if not verdicts:
+                continue
+            _check(guard, verdicts, len(prompts))
+            opinions = [old + (new,) for old, new in zip(opinions, verdicts, strict=True)]
+        return opinions
+
+
+def refuses(opinions: Opinions) -> bool:
+    """Whether any verdict refuses: flagged, or could not tell."""
+    return any(verdict.flagged is not False for verdict in opinions)
+
+
+def name_of(guard: Guard) -> str:
+    return type(guard).__name__
+
+
+@contextmanager
+def _closed(guard: Guard, doing: str) -> Iterator[None]:
+    """Whatever breaks inside a guard is a failed protection."""
+    try:
+        yield
+    except SafelightError:
+        raise
+    except Exception as error:
+        raise GuardFailed(
+            f"guard {name_of(guard)} could not {doing}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check(guard: Guard, verdicts: Sequence[Verdict], n: int) -> None:
+    if len(verdicts) != n:
+        raise GuardFailed(f"guard {name_of(guard)} gave {len(verdicts)} verdicts for {n} requests")
+    for verdict in verdicts:
+        if not isfinite(verdict.score):
+            raise GuardFailed(f"guard {name_of(guard)} gave a score that is not a number")
+
+
+def _finite(guard: Guard, new: Tensor, old: Tensor) -> None:
+    if new.shape != old.shape or not torch.isfinite(new).all():
+        raise GuardFailed(f"guard {name_of(guard)} returned a tensor of wrong shape or with NaN")
+
+
+def _edits_noise(guard: Guard) -> bool:
+    return type(guard).edit_noise is not Guard.edit_noise
+
+
+def _noise_edit(guard: Guard) -> Callable[[Tensor, Step], Tensor]:
+    def edit(noise: Tensor, step: Step) -> Tensor:
+        with _closed(guard, "edit the noise"):
+            edited = guard.edit_noise(noise, step)
+        _finite(guard, edited, noise)
+        return edited
+
+    return edit
