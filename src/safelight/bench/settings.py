@@ -119,8 +119,15 @@ def run(
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    """The keys, out of `keys`, in which two settings differ."""
-    return [key for key in keys if old.get(key) != new.get(key)]
+    """The keys, out of `keys`, in which two settings differ; where prompts lay does not count."""
+
+    def compared(settings: Mapping[str, Any], key: str) -> Any:
+        value = settings.get(key)
+        if key != "prompts" or value is None:
+            return value
+        return [(one["name"], one["sha256"]) for one in value]
+
+    return [key for key in keys if compared(old, key) != compared(new, key)]
 
 
 def plain(x: Any) -> Any:
