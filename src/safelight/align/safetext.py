@@ -1,0 +1,296 @@
+"""SafeText: move unsafe prompts' embeddings away, hold safe ones, touch the text encoder only.
+
+With `tau` the original text encoder, `tau_s` the trained copy, `D_u` unsafe and `D_s` safe prompts:
+
+    L_e = mean over D_u of d_e(tau_s(p), tau(p))        effectiveness: to be made large
+    L_u = mean over D_s of d_u(tau_s(p), tau(p))        utility: to be made small
+    min over tau_s of  L_u - lambda * L_e
+
+    d_u = Euclidean distance,   d_e = -|cos|  (the paper's "NegCosine"; -cos is a switch)
+
+Source: Hu, Jiang, Gong, "SafeText", arXiv:2502.20623, eq. 3; metrics as quoted in its reviews. The
+paper's lambda, learning rate, epochs and token positions are not public.
+
+Ours, beyond the paper:
+- *Stationary start.* At tau_s = tau both gradients vanish, so plain descent never leaves (and Adam
+  leaves along rounding noise). A seeded relative perturbation of the weights decides instead.
+- *Anchor.* Different is not safe. With `anchor` > 0 the term  anchor * L_a,  with L_a the mean over
+  D_u of d_u(tau_s(p), tau(p'))  pulls an unsafe prompt towards a safe p': its `safe_prompt` where
+  the data has one, else the safe training prompt nearest to it.
+- *Units.* lambda weighs a cosine against a distance whose size depends on the encoder and on the
+  reduction. With `relative` distances are divided by the mean norm of a safe embedding; the paper's
+  lambda is then `lam` times that norm, and both are kept in the patch.
+- *All encoders.* The loss is on the tensors that the denoiser really reads: each chosen encoder's
+  token states, and its pooled vector where the family uses one; distances are averaged over them.
+
+Needs two lists of prompts and gradients of the text encoder; no pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from safelight.align.base import Loss, Split, TextData, Trained
+from safelight.align.embedding import (
+    Distance,
+    Reading,
+    Reduction,
+    Reference,
+    distance,
+    remember,
+    size,
+)
+from safelight.align.weights import Loan, full, lora
+from safelight.errors import BadInput, unknown
+from safelight.flow import Card, Prompt
+from safelight.models.base import TextToImage
+
+Scope = Literal["all", "layers", "lora"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafeText(Trained):
+    """Align the text encoder with safe and unsafe prompts; leave the diffusion module alone.
+
+    Args:
+        d_u: Distance that holds safe prompts (and pulls unsafe ones to their anchor).
+        d_e: Distance that drives unsafe prompts away.
+        lam: The paper's lambda: weight of driving away against holding.
+        reduction: Which token positions a distance sees.
+        relative: Distances in units of a safe embedding's mean norm, so that `lam` carries over.
+        anchor: Weight of the pull towards a safe counterpart; 0 is the paper's method.
+        margin: Stop pushing a prompt once its d_e exceeds this; None never stops.
+        encoders: Names of the encoders to train; () is all of them.
+        scope: Train "all" weights, the "layers" without embedding tables, or "lora" factors.
+        rank: Rank of the LoRA factors.
+        alpha: Scale of the LoRA factors; None is the rank.
+        perturb: Relative size of the seeded perturbation that leaves the stationary start.
+    """
+
+    card: ClassVar[Card] = Card(
+        title="SafeText",
+        source="arXiv:2502.20623",
+        summary="moves unsafe prompts' embeddings away and holds safe ones; text encoder only",
+        needs=("prompts", "gradients"),
+        claims={
+            "NRR on each of four unsafe prompt sets, SD 1.4, above (secondary source)": 0.987,
+            "NRR on adversarial prompts, SD 1.4, above (secondary source)": 0.984,
+            "LPIPS on three safe prompt sets, SD 1.4, below (secondary source)": 0.218,
+            "FID on three safe prompt sets, SD 1.4, below (secondary source)": 32.4,
+        },
+    )
+
+    d_u: Distance = "euclidean"
+    d_e: Distance = "neg_abs_cosine"
+    lam: float = 0.3
+    reduction: Reduction = "flatten"
+    relative: bool = True
+    anchor: float = 0.0
+    margin: float | None = None
+    encoders: tuple[str, ...] = ()
+    scope: Scope = "all"
+    rank: int = 8
+    alpha: float | None = None
+    perturb: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, kind in (
+            ("d_u", Distance), ("d_e", Distance), ("reduction", Reduction), ("scope", Scope)
+        ):  # fmt: skip
+            if getattr(self, name) not in get_args(kind):
+                raise BadInput(f"{name}: {unknown('choice', getattr(self, name), get_args(kind))}")
+        if self.batch < 4:
+            raise BadInput(f"batch must be at least 4 (half safe, half unsafe), not {self.batch}.")
+        if self.rank < 1:
+            raise BadInput(f"rank must be at least 1, not {self.rank}.")
+
+    def prepare(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
+        """The split, tau's reading of every prompt, and each unsafe prompt's anchor."""
+        split = data.split(seed)
+        encoders = self.chosen(model)
+        unsafe = (*split.unsafe, *split.unsafe_check)
+        counterparts = [p.safe_prompt for p in unsafe if p.safe_prompt]
+        everything = ["", *_texts((*split.safe, *split.safe_check, *unsafe)), *counterparts]
+        tau = remember(model, everything, encoders)
+        scale = {
+            name: size(p, self.reduction).mean().item()
+            for name, p in tau(["", *_texts(split.safe)]).items()
+        }
+        anchors = _anchors(tau, unsafe, _texts(split.safe)) if self.anchor else {}
+        return Material(split, tau, anchors, scale, encoders, data.hashes())
+
+    def chosen(self, model: TextToImage) -> tuple[str, ...]:
+        """The encoders to train."""
+        for name in self.encoders:
+            if name not in model.text_encoders:
+                raise BadInput(unknown("text encoder", name, model.text_encoders))
+        return self.encoders or tuple(model.text_encoders)
+
+    def lend(self, model: TextToImage, rng: torch.Generator) -> AbstractContextManager[Loan]:
+        """The chosen encoders' weights."""
+        encoders = self.chosen(model)
+        if self.scope == "lora":
+            alpha = self.alpha or float(self.rank)
+            return lora(model, encoders, rank=self.rank, alpha=alpha, rng=rng)
+        return full(model, encoders, embeddings=self.scope == "all")
+
+    def start(self, loan: Loan, rng: torch.Generator) -> None:
+        """Leave the stationary point, in a direction that the seed decides."""
+        if self.perturb:
+            loan.nudge(self.perturb, rng)
+
+    def steps(self, material: Material) -> int:
+        """An epoch reads every unsafe prompt once."""
+        return -(-len(material.split.unsafe) // (self.batch // 2))
+
+    def batches(self, material: Material, rng: torch.Generator) -> Iterator[Batch]:
+        """Half unsafe and half safe prompts; "" is always among the safe ones.
+
+        "" is the condition of classifier-free guidance: were it to move, every picture would.
+        """
+        half, steps = self.batch // 2, self.steps(material)
+        unsafe = _shuffled(_texts(material.split.unsafe), half * steps, rng)
+        safe = _shuffled(_texts(material.split.safe), (half - 1) * steps, rng)
+        for i in range(steps):
+            kept = safe[i * (half - 1) : (i + 1) * (half - 1)]
+            yield Batch(("", *kept), tuple(unsafe[i * half : (i + 1) * half]), material)
+
+    def loss(self, model: TextToImage, batch: Batch, rng: torch.Generator) -> Loss:
+        """L_u - lam * L_e + anchor * L_a."""
+        terms = {name: d.mean() for name, d in self._terms(_read(model, batch), batch).items()}
+        return Loss(self._objective(terms), {name: term.item() for name, term in terms.items()})
+
+    def _objective(self, terms: Mapping[str, Any]) -> Any:
+        return terms["L_u"] - self.lam * terms["L_e"] + self.anchor * terms.get("L_a", 0.0)
+
+    def _terms(self, now: Reading, batch: Batch) -> dict[str, Tensor]:
+        """d_u of every safe prompt, d_e (and d_u to its anchor) of every unsafe one."""
+        n, tau = len(batch.safe), batch.material.tau
+        kept = {name: piece[:n] for name, piece in now.items()}
+        moved = {name: piece[n:] for name, piece in now.items()}
+        scale = batch.material.scale
+        terms = {
+            "L_u": self._apart(kept, tau(batch.safe), self.d_u, scale),
+            "L_e": self._apart(moved, tau(batch.unsafe), self.d_e, scale),
+        }
+        if self.margin is not None:
+            terms["L_e"] = terms["L_e"].clamp(max=self.margin)
+        if self.anchor:
+            goals = [batch.material.anchors[text] for text in batch.unsafe]
+            terms["L_a"] = self._apart(moved, tau(goals), self.d_u, scale)
+        return terms
+
+    def _apart(
+        self, now: Reading, then: Reading, metric: Distance, scale: Mapping[str, float]
+    ) -> Tensor:
+        """The distance of each row, averaged over the pieces."""
+        power = {"euclidean": 1, "squared_l2": 2}.get(metric, 0) if self.relative else 0
+        each = [
+            distance(now[name], then[name], metric, self.reduction) / scale[name] ** power
+            for name in now
+        ]
+        return torch.stack(each).mean(0)
+
+    @torch.no_grad()
+    def check(self, model: TextToImage, material: Material) -> dict[str, float]:
+        """The objective on held-out prompts, and two figures that compare across settings.
+
+        `drift` is the mean relative Euclidean shift of a safe reading, `cosine` the mean |cos| of
+        an unsafe reading to where it was; both over all token positions.
+        """
+        rows: dict[str, list[Tensor]] = {}
+        for batch in material.held_out():
+            now = _read(model, batch)
+            for name, part in (self._terms(now, batch) | _plain(now, batch)).items():
+                rows.setdefault(name, []).append(part)
+        figures = {name: torch.cat(parts).mean().item() for name, parts in rows.items()}
+        return {"lam": self.lam, "objective": self._objective(figures), **figures}
+
+    def info(self, material: Material) -> dict[str, Any]:
+        """What makes lambda comparable, and what the weights were learnt from."""
+        return {
+            "data": material.hashes,
+            "split": {name: len(getattr(material.split, name)) for name in Split.__annotations__},
+            "encoders": list(material.encoders),
+            "scale": material.scale,
+        }
+
+
+@dataclass(frozen=True)
+class Material:
+    """What stays constant while training.
+
+    Args:
+        split: Prompts to learn from and to check with.
+        tau: The original encoders' readings.
+        anchors: The safe counterpart of each unsafe prompt.
+        scale: Mean norm of a safe reading, by piece.
+        encoders: The encoders that are trained.
+        hashes: SHA-256 of each prompt set.
+    """
+
+    split: Split
+    tau: Reference
+    anchors: Mapping[str, str]
+    scale: dict[str, float]
+    encoders: tuple[str, ...]
+    hashes: dict[str, str]
+
+    def held_out(self, size: int = 64) -> Iterator[Batch]:
+        """The validation prompts in batches; one side may run out before the other."""
+        safe, unsafe = ("", *_texts(self.split.safe_check)), _texts(self.split.unsafe_check)
+        for i in range(0, max(len(safe), len(unsafe)), size):
+            yield Batch(tuple(safe[i : i + size]), tuple(unsafe[i : i + size]), self)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Safe and unsafe prompts of one step."""
+
+    safe: tuple[str, ...]
+    unsafe: tuple[str, ...]
+    material: Material
+
+
+def _read(model: TextToImage, batch: Batch) -> Reading:
+    return batch.material.tau.now(model, (*batch.safe, *batch.unsafe))
+
+
+def _plain(now: Reading, batch: Batch) -> dict[str, Tensor]:
+    """`drift` of each safe row and `cosine` of each unsafe row, whatever the settings."""
+    n = len(batch.safe)
+    then = batch.material.tau([*batch.safe, *batch.unsafe])
+    drift = [
+        distance(now[name], then[name], "euclidean", "flatten") / size(then[name], "flatten")
+        for name in now
+    ]
+    cosine = [-distance(now[name], then[name], "neg_abs_cosine", "flatten") for name in now]
+    return {
+        "drift": torch.stack(drift).mean(0)[:n],
+        "cosine": torch.stack(cosine).mean(0)[n:],
+    }
+
+
+def _anchors(tau: Reference, unsafe: Sequence[Prompt], safe: Sequence[str]) -> dict[str, str]:
+    """Each unsafe prompt's safe counterpart: its own, else the nearest safe training prompt."""
+    lost = [prompt.text for prompt in unsafe if not prompt.safe_prompt]
+    near = dict(zip(lost, tau.nearest(lost, safe), strict=True)) if lost else {}
+    return {prompt.text: prompt.safe_prompt or near[prompt.text] for prompt in unsafe}
+
+
+def _texts(prompts: Sequence[Prompt]) -> list[str]:
+    return [prompt.text for prompt in prompts]
+
+
+def _shuffled(texts: Sequence[str], n: int, rng: torch.Generator) -> list[str]:
+    """`n` texts: whole shuffled rounds of all of them, cut to length."""
+    rounds = -(-n // len(texts))
+    order = torch.cat([torch.randperm(len(texts), generator=rng) for _ in range(rounds)])
+    return [texts[i] for i in order[:n].tolist()]

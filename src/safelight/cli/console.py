@@ -1,0 +1,127 @@
+"""What every command prints with: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safelight.errors import SafelightError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from safelight.align.base import Tick
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+WRONG_USE, FAILED = 2, 3
+
+
+def out() -> Console:
+    """The console for results."""
+    from rich.console import Console
+
+    return Console()
+
+
+def err() -> Console:
+    """The console for messages and progress."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def emit(result: Any) -> None:
+    """A result as JSON on stdout; what is not a number becomes null."""
+    typer.echo(json.dumps(_plain(result), indent=2, ensure_ascii=False, default=str))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def say(text: str) -> None:
+    """A message that is not the result."""
+    err().print(text, highlight=False)
+
+
+def complain(text: str, code: int) -> typer.Exit:
+    """One red line; raise what this returns."""
+    from rich.text import Text
+
+    err().print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+    return typer.Exit(code)
+
+
+def polite(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose failures are one clear line and an exit code, without a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **settings: Any) -> None:
+        try:
+            command(*args, **settings)
+        except SafelightError as error:
+            raise complain(str(error), error.exit_code) from None
+        except KeyboardInterrupt:
+            raise complain(
+                "stopped. Nothing was left half-written; the same command starts again.", FAILED
+            ) from None
+        except BrokenPipeError:
+            raise typer.Exit(0) from None
+        except OSError as error:
+            raise complain(f"{error.strerror or error}: {error.filename or ''}", FAILED) from None
+
+    return run
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner for work of unknown length."""
+    with err().status(what):
+        yield
+
+
+@contextmanager
+def training_bar(title: str) -> Iterator[Callable[[Tick], None]]:
+    """A progress bar for a training run, with its un-weighted loss terms."""
+    with _bar("{task.fields[terms]}") as bar:
+        task = bar.add_task(title, total=None, terms="")
+
+        def watch(tick: Tick) -> None:
+            terms = "  ".join(f"{name} {value:+.3f}" for name, value in tick.terms.items())
+            bar.update(task, completed=tick.step, total=tick.total, terms=terms)
+
+        yield watch
+
+
+def _bar(*columns: str) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        *(TextColumn(column) for column in columns),
+        console=err(),
+    )
