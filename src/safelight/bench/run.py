@@ -18,7 +18,7 @@ import resource
 import shutil
 import time
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -224,8 +224,8 @@ class _Task:
     batch: int
     image_store: bool
     out: Path
-    seconds: Counter = field(default_factory=Counter)
-    pictures: Counter = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    pictures: Counter[str] = field(default_factory=Counter)
 
     @property
     def model(self) -> TextToImage:
@@ -383,7 +383,7 @@ def _finish(
         before = _seen_again(task, [on_disk[key] for key in batch.keys(BASE)])
     for arm, pictures in painted.items():
         prompts = [batch.items[i].text for i in pictures.at]
-        images = pictures.pixels.float() / 255
+        images = _shown_to_judges(task, pictures.pixels)
         start = time.perf_counter()
         looks = {judge.name: judge.look(images, prompts) for judge in task.judges if prompts}
         verdicts = {j.name: j.verdicts(looks[j.name]) for j in task.judges if prompts}
@@ -411,6 +411,11 @@ def _finish(
 _Seen = dict[int, Look]  # what the feature network made of an item's picture
 
 
+def _shown_to_judges(task: _Task, pixels: Pixels) -> Float[Tensor, "batch 3 height width"]:
+    """Stored pictures as judges want them, on the device of the model."""
+    return pixels.to(task.model.device).float() / 255
+
+
 def _split(look: Look) -> list[Look]:
     """A look at a batch as looks at single pictures."""
     return [
@@ -429,7 +434,7 @@ def _seen_again(task: _Task, records: Sequence[Record]) -> _Seen:
     there = {i: path for i, path in paths.items() if path.exists()}
     if not there or task.features is None:
         return {}
-    images = torch.stack([_pixels(path) for path in there.values()]).float() / 255
+    images = _shown_to_judges(task, torch.stack([_pixels(path) for path in there.values()]))
     look = task.features.look(images, [records[i].text for i in there])
     return dict(zip(there, _split(look), strict=True))
 
@@ -497,8 +502,8 @@ def _cost(task: _Task, seconds: float) -> dict[str, Any]:
         spent = {what: task.seconds[f"{arm}.{what}"] for what in ("encode", "paint", "judge")}
         per_picture = 1000 * (spent["encode"] + spent["paint"]) / n if n else None
         arms[arm] = {"pictures": n, **spent, "ms_per_picture": per_picture}
-    both = [arms[arm]["ms_per_picture"] for arm in (PROTECTED, BASE) if arm in arms]
-    added = both[0] - both[1] if len(both) == 2 and None not in both else None
+    before, after = (arms.get(arm, {}).get("ms_per_picture") for arm in (BASE, PROTECTED))
+    added = None if before is None or after is None else after - before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     cost = {
         "seconds": seconds,
@@ -521,8 +526,8 @@ def _cost(task: _Task, seconds: float) -> dict[str, Any]:
 def _check(
     prompts: Sequence[PromptSet], judges: Sequence[Judge], seeds: Sequence[int], batch: int
 ) -> None:
-    for what, given in (("prompt set", prompts), ("judge", judges), ("seed", seeds)):
-        if not given:
+    for what, some in (("prompt set", prompts), ("judge", judges), ("seed", seeds)):
+        if not some:
             raise BadInput(f"evaluate needs at least one {what}.")
     names = {
         "prompt sets are": [one.name for one in prompts],

@@ -43,7 +43,7 @@ def of_patch(patch: Patch) -> dict[str, Any]:
 
 def of_guard(guard: Guard) -> dict[str, Any]:
     """A guard's name and settings."""
-    settings = {}
+    settings: dict[str, Any] = {}
     if dataclasses.is_dataclass(guard):
         settings = {field.name: getattr(guard, field.name) for field in dataclasses.fields(guard)}
     return {

@@ -159,10 +159,10 @@ def ordered(records: Iterable[Record]) -> list[Record]:
 
 def pairs(records: Iterable[Record]) -> list[tuple[Record, Record]]:
     """(base, protected) for every prompt and seed that has both."""
-    base, protected = {}, {}
+    arms: dict[bool, dict[tuple[str, int], Record]] = {True: {}, False: {}}
     for record in records:
-        arm = base if record.arm == BASE else protected
-        arm[record.prompt_id, record.seed] = record
+        arms[record.arm == BASE][record.prompt_id, record.seed] = record
+    base, protected = arms[True], arms[False]
     return [(base[key], protected[key]) for key in sorted(base.keys() & protected.keys())]
 
 
