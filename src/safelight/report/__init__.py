@@ -1,0 +1,5 @@
+"""Reports: run folders in, one self-contained HTML page out. Nothing here imports torch."""
+
+from safelight.report.page import Report
+
+__all__ = ["Report"]
