@@ -200,14 +200,14 @@ class TextToImage(ABC):
         Raises:
             BadInput: Not a sequence of texts.
         """
-        texts = _texts(prompts)
+        given = texts(prompts)
         chosen = self._chosen(encoders)
-        tokens = {name: self.tokenize(name, texts) for name in chosen}
+        tokens = {name: self.tokenize(name, given) for name in chosen}
         reads = {name: self.read(name, *tokens[name]) for name in chosen}
         return Condition(
-            prompts=texts,
-            states=self._joined(reads, len(texts)),
-            pooled=self._joined_pooled(reads, len(texts)),
+            prompts=given,
+            states=self._joined(reads, len(given)),
+            pooled=self._joined_pooled(reads, len(given)),
             layout={name: self.layout[name] for name in chosen},
             masks={name: mask for name, (_, mask) in tokens.items()},
             encoders=tuple(name for name in chosen if reads[name].states is not None),
@@ -307,22 +307,22 @@ class TextToImage(ABC):
         Raises:
             BadInput: Prompts, seeds or sizes of the wrong form.
         """
-        texts = _texts(prompts)
-        seeds = sampling.seeds(seed, len(texts))
+        given = texts(prompts)
+        seeds = sampling.seeds(seed, len(given))
         if batch < 1:
             raise BadInput(f"batch must be at least 1, not {batch}.")
         default = size or self.default_size
         size = (height or default[0], width or default[1])
         steps = self.sampling.steps if steps is None else steps
         guidance = self.sampling.guidance if guidance is None else guidance
-        done, total = 0, steps * len(texts)
+        done, total = 0, steps * len(given)
         outcomes = []
         with torch.no_grad():
             away = None if negative is None else self.encode([negative])
             if away is None and self.guides(guidance):
                 away = self.empty(1)
-            for at in range(0, len(texts), batch):
-                part, own = texts[at : at + batch], seeds[at : at + batch]
+            for at in range(0, len(given), batch):
+                part, own = given[at : at + batch], seeds[at : at + batch]
                 watch = _counted(progress, done, total, len(part))
                 condition = self.encode(part)
                 z = self.sample(
@@ -649,16 +649,17 @@ def plain(name: str) -> str:
     return name.removeprefix("text_model.")
 
 
-def _texts(prompts: Sequence[str]) -> tuple[str, ...]:
+def texts(prompts: Sequence[Any]) -> tuple[str, ...]:
+    """The prompts, checked: a non-empty sequence of texts."""
     if isinstance(prompts, str):
         raise BadInput("prompts is one text; give a list of texts, even for one.")
-    texts = tuple(prompts)
-    if not texts:
+    given = tuple(prompts)
+    if not given:
         raise BadInput("there are no prompts.")
-    for i, text in enumerate(texts):
+    for i, text in enumerate(given):
         if not isinstance(text, str):
             raise BadInput(f"prompt {i} is a {type(text).__name__}, not a text.")
-    return texts
+    return given
 
 
 def _counted(

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from safelight.errors import BadInput
 from safelight.models.base import TextToImage, plain
 from safelight.models.folder import replaced
-from safelight.models.load import tokenizer_part
+from safelight.models.load import quiet, tokenizer_part
 from safelight.models.patch import Patch, worn
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ def export(
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not _is_export(path)):
         raise BadInput(f"{path} exists and is not an earlier export; choose another place.")
     with worn(model, patches, scales), replaced(path) as folder:
-        with _quiet():
+        with quiet():
             pipeline_of(model).save_pretrained(folder)
         for name, module in model.text_encoders.items():
             if type(module).__name__.startswith("CLIP"):
@@ -84,7 +83,7 @@ def pipeline_of(model: TextToImage) -> Any:
     if model.family == "sdxl":
         force = model.config.get("force_zeros_for_empty_prompt", True)
         parts |= dict(force_zeros_for_empty_prompt=force, add_watermarker=False)
-    with _quiet():
+    with quiet():
         return getattr(diffusers, model.pipeline)(scheduler=model.scheduler, **parts)
 
 
@@ -113,27 +112,20 @@ def _both_tokenizers(model: TextToImage, folder: Path) -> None:
         part = tokenizer_part(type(model), encoder)
         if encoder == "t5":
             index[part] = ["transformers", "T5TokenizerFast"]  # the name both generations know
-        elif not (folder / part / "vocab.json").is_file():
+        _reword(folder / part / "tokenizer_config.json")
+        if encoder != "t5" and not (folder / part / "vocab.json").is_file():
             tokenizer.backend_tokenizer.model.save(str(folder / part))
     (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _reword(file: Path) -> None:
+    """transformers 5 lists special tokens under a key where 4 expects a mapping; both read this."""
+    about = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(about.get("extra_special_tokens"), list):
+        about["additional_special_tokens"] = about.pop("extra_special_tokens")
+        file.write_text(json.dumps(about, indent=2), encoding="utf-8")
 
 
 def _is_export(path: Path) -> bool:
     file = path / "safelight.json"
     return file.is_file() and '"patches"' in file.read_text(encoding="utf-8")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what transformers draws and says while pipelines are built and saved."""
-    from transformers.utils import logging as upstream
-
-    drawn, loudness = upstream.is_progress_bar_enabled(), upstream.get_verbosity()
-    upstream.disable_progress_bar()
-    upstream.set_verbosity_error()
-    try:
-        yield
-    finally:
-        upstream.set_verbosity(loudness)
-        if drawn:
-            upstream.enable_progress_bar()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
@@ -134,21 +135,20 @@ def _named(source: str) -> TextToImage:
 
 
 def _downloaded(hub_id: str) -> Path:
-    import httpx
     from diffusers import DiffusionPipeline
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub import errors
 
     log.info("fetching %s from the hub (kept in its cache)", hub_id)
     try:
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
-    except (HFValidationError, RepositoryNotFoundError) as error:
+    except (errors.HFValidationError, errors.RepositoryNotFoundError) as error:
         raise NotFound(
             f"there is neither a folder nor a hub model named {hub_id!r} (or it needs a login)."
         ) from error
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, errors.HTTPError) as error:  # of whichever client it has
         raise WorkFailed(
-            f"there is no folder {hub_id!r}, and fetching it from the hub failed: "
-            f"{_first_line(error)}"
+            f"there is no folder {hub_id!r}, and it could not be fetched from the hub. Is this "
+            f"machine offline, or the name misspelt? ({_first_line(error)[:100]} ...)"
         ) from error
 
 
@@ -232,14 +232,15 @@ def _component(folder: Path, library: str, cls: str) -> Any:
 def _module(folder: Path, kind: Any, library: str) -> torch.nn.Module:
     stored = _stored(folder)
     dtype = {"dtype" if library == "transformers" else "torch_dtype": stored.dtype}
-    module, info = kind.from_pretrained(
-        folder,
-        variant=stored.variant,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-        **dtype,
-    )
+    with quiet():
+        module, info = kind.from_pretrained(
+            folder,
+            variant=stored.variant,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **dtype,
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise WorkFailed(
@@ -313,6 +314,22 @@ def _sampling(own: Mapping[str, Any], folder: Path) -> Sampling | None:
             f"{folder / 'safelight.json'}: sampling must have steps, guidance and size "
             f"[height, width]; got {said}."
         ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what transformers draws and says while models are read and written."""
+    from transformers.utils import logging as upstream
+
+    drawn, loudness = upstream.is_progress_bar_enabled(), upstream.get_verbosity()
+    upstream.disable_progress_bar()
+    upstream.set_verbosity_error()
+    try:
+        yield
+    finally:
+        upstream.set_verbosity(loudness)
+        if drawn:
+            upstream.enable_progress_bar()
 
 
 # Devices
