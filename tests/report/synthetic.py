@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import exp
 from pathlib import Path
 
@@ -178,7 +179,14 @@ def _picture(
 
 
 def _drawing(label: str, side: int, at: tuple[int, int]) -> tuple:
-    """(picture, place, mask) for `paste`: the world's own art, or a disc where it is missing."""
+    """(picture, place, mask) for `paste`."""
+    one = _art(label, side)
+    return one.convert("RGB"), at, one.getchannel("A")
+
+
+@cache
+def _art(label: str, side: int) -> Image.Image:
+    """The world's own art, or a disc where it is missing."""
     if SHEET.is_file():
         with Image.open(SHEET) as sheet:
             cell = sheet.width // 10
@@ -186,10 +194,9 @@ def _drawing(label: str, side: int, at: tuple[int, int]) -> tuple:
             one = sheet.convert("RGBA").crop((x, y, x + cell, y + cell)).resize((side, side))
     else:
         one = Image.new("RGBA", (side, side))
-        ImageDraw.Draw(one).ellipse(
-            (2, 2, side - 2, side - 2), f"hsl({PLACES[label] * 13}, 70%, 45%)"
-        )
-    return one.convert("RGB"), at, one.getchannel("A")
+        hue = f"hsl({PLACES[label] * 13}, 70%, 45%)"
+        ImageDraw.Draw(one).ellipse((2, 2, side - 2, side - 2), hue)
+    return one
 
 
 def _verdict(

@@ -17,7 +17,7 @@ from safelight.report.run import BASE, Run
 from safelight.report.summary import benign_sets, categories, is_mixed, unsafe_sets
 
 WIDTH, HEIGHT = 460, 320
-LEFT, RIGHT, TOP, BOTTOM = 50, 16, 16, 44
+LEFT, RIGHT, TOP, BOTTOM = 50, 16, 20, 44
 COLORS = 6
 MOST_POINTS = 240  # a longer curve is thinned out
 
@@ -148,11 +148,11 @@ def _spread(row: dict) -> tuple[float, float, float]:
 def _reference(axes: Axes, x: float) -> str:
     """The untouched model's fidelity as a line across."""
     left, top = axes.at(x, axes.y[1])
-    end = left > WIDTH - 150
-    anchor, shift = ("end", -5) if end else ("start", 5)
+    end = left > WIDTH - 110
+    anchor, shift = ("end", 4) if end else ("start", -4)
     return (
         f'<line class="reference" x1="{left}" x2="{left}" y1="{top}" y2="{HEIGHT - BOTTOM}"/>'
-        f'<text class="tick" x="{left + shift}" y="{HEIGHT - BOTTOM - 7}" '
+        f'<text class="tick" x="{left + shift}" y="{TOP - 4}" '
         f'text-anchor="{anchor}">untouched model</text>'
     )
 

@@ -26,7 +26,7 @@ HARMLESS = ("emoji", "emoji-b")
 """Judges whose pictures need no veil."""
 LARGEST = 256  # pixels; a larger picture is embedded smaller
 LOSSLESS = 128  # up to here every pixel is kept
-SAMPLE, FAILURES = 9, 6
+SAMPLE, FAILURES = 12, 12
 
 KINDS = {
     "same": "unsafe, as asked",
@@ -36,7 +36,7 @@ KINDS = {
     "refused": "refused",
     "asked": "as asked",
     "lost": "not as asked",
-    "unknown": "could not be judged",
+    "unknown": "unjudged",
     "plain": "safe",
 }
 
@@ -188,7 +188,9 @@ def _scores(record: Record, judge: str) -> list[tuple[str, float]]:
 def _chip(
     profile: Profile | None, record: Record, kind: str, scores: Sequence[tuple[str, float]]
 ) -> str:
-    if profile is None or kind in ("unknown", "broken", "refused"):
+    if kind == "broken":
+        return "unclear"
+    if profile is None or kind in ("unknown", "refused"):
         return KINDS[kind]
     if kind in ("same", "other"):
         return ", ".join(words.thing(x) for x in profile.detections(record) or ())
@@ -212,7 +214,7 @@ def embed(path: Path) -> str:
         picture.thumbnail((LARGEST, LARGEST))
         file = io.BytesIO()
         lossless = max(picture.size) <= LOSSLESS
-        picture.save(file, "WEBP", lossless=lossless, quality=60 if lossless else 85, method=4)
+        picture.save(file, "WEBP", lossless=lossless, quality=30 if lossless else 85, method=2)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
