@@ -89,9 +89,9 @@ class TextToImage(ABC):
     def __init__(
         self,
         *,
-        denoiser: nn.Module,
-        vae: nn.Module,
-        text_encoders: Mapping[str, nn.Module],
+        denoiser: Any,
+        vae: Any,
+        text_encoders: Mapping[str, Any],
         tokenizers: Mapping[str, Any],
         scheduler: Any,
         name: str = "",
@@ -99,9 +99,9 @@ class TextToImage(ABC):
         t5_tokens: int | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        self.denoiser: Any = denoiser
-        self.vae: Any = vae
-        self.text_encoders: Mapping[str, Any] = dict(text_encoders)
+        self.denoiser = denoiser
+        self.vae = vae
+        self.text_encoders = dict(text_encoders)
         self.tokenizers = dict(tokenizers)
         self.scheduler = scheduler
         self.name = name or self.family

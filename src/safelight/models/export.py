@@ -57,7 +57,7 @@ def export(
             if type(module).__name__.startswith("CLIP"):
                 _prefix(folder / model.parts[name])
         _both_tokenizers(model, folder)
-        about = {
+        about: dict[str, Any] = {
             "name": path.name,
             "sampling": asdict(model.sampling),
             "patches": [patch.about for patch in patches],

@@ -191,11 +191,21 @@ def _built(family: type[TextToImage], get: Any, **settings: Any) -> TextToImage:
             f"the denoiser reads {channels} channels and the autoencoder makes {latent}: this is "
             "not a text-to-image model (an inpainting model, perhaps)."
         )
+    tokenizers = {name: get(tokenizer_part(family, name)) for name in encoders}
+    for name, tokenizer in tokenizers.items():
+        if tokenizer is None:
+            raise NotFound(f"the model has no tokenizer for {name}.")
+        words = encoders[name].config.vocab_size
+        if len(tokenizer) > words:
+            raise WorkFailed(
+                f"the tokenizer of {name} knows {len(tokenizer)} tokens, the encoder {words}: they "
+                "are not from the same model."
+            )
     return family(
         denoiser=modules["denoiser"],
         vae=modules["vae"],
         text_encoders=encoders,
-        tokenizers={name: get(tokenizer_part(family, name)) for name in encoders},
+        tokenizers=tokenizers,
         scheduler=get("scheduler"),
         **settings,
     )
@@ -221,12 +231,22 @@ def _component(folder: Path, library: str, cls: str) -> Any:
     for file in folder.glob("*.json"):
         _json(file)
     kind = getattr(import_module(library), cls)
+    if folder.name.startswith("tokenizer"):
+        _require_vocabulary(folder)
     try:
         if issubclass(kind, torch.nn.Module):
             return _module(folder, kind, library)
         return kind.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise WorkFailed(f"{folder} cannot be read: {_first_line(error)}") from error
+
+
+def _require_vocabulary(folder: Path) -> None:
+    """transformers builds an empty tokenizer where the files are missing, and says nothing."""
+    here = {file.name for file in folder.iterdir()}
+    enough = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"})
+    if not any(files <= here for files in enough):
+        raise NotFound(f"{folder} has no vocabulary; expected tokenizer.json. Fetch it again.")
 
 
 def _module(folder: Path, kind: Any, library: str) -> torch.nn.Module:

@@ -31,7 +31,7 @@ from safelight.models.base import TextToImage
 from safelight.models.folder import replaced
 
 FORMAT = 1
-LowRank = tuple[Float[Tensor, "rank inside"], Float[Tensor, "outside rank"], float]
+LowRank = tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"], float]  # (rank, in), (out, rank)
 
 
 @dataclass(frozen=True, kw_only=True)

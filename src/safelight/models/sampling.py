@@ -29,7 +29,8 @@ Progress = Callable[[int, int], None]
 class Denoiser(Protocol):
     """What the loop needs of a model."""
 
-    distilled: bool
+    @property
+    def distilled(self) -> bool: ...
 
     def schedule(self, steps: int, shape: Sequence[int]) -> Any: ...
 

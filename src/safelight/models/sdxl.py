@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -43,9 +41,7 @@ class SDXL(UNetModel):
         seen = self.encode([""] * n)
         if not self.config.get("force_zeros_for_empty_prompt", True):
             return seen
-        return replace(
-            seen, states=torch.zeros_like(seen.states), pooled=torch.zeros_like(seen.pooled)
-        )
+        return seen.edit(*[lambda encoder, part: torch.zeros_like(part)] * 2)
 
     def _predict(
         self, z_t: Tensor, t: Tensor, condition: Condition, guidance: float | None

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, built in memory in a moment: for tests, docs and dry runs.
+"""Tiny random models of every family, built in a moment: for tests, docs and dry runs.
 
 They paint noise, but through the very classes that real checkpoints use: every tensor has its real
 place and only the widths are small. Their tokenizers know some common words and spell the rest.
@@ -8,12 +8,14 @@ place and only the widths are small. Their tokenizers know some common words and
 
 from __future__ import annotations
 
+import json
 import string
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from safelight.errors import NotFound, unknown
 from safelight.models.base import Sampling, TextToImage
@@ -194,7 +196,7 @@ _DDPM: dict[str, Any] = dict(
 )
 
 
-def _vae(**settings: Any) -> nn.Module:
+def _vae(**settings: Any) -> Any:
     """Two pixels per latent along one side."""
     from diffusers import AutoencoderKL
 
@@ -209,7 +211,7 @@ def _vae(**settings: Any) -> nn.Module:
     )
 
 
-def _clip(tokenizer: Any, projected: bool = False) -> nn.Module:
+def _clip(tokenizer: Any, projected: bool = False) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -228,7 +230,7 @@ def _clip(tokenizer: Any, projected: bool = False) -> nn.Module:
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 
-def _t5(width: int) -> nn.Module:
+def _t5(width: int) -> Any:
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(
@@ -246,39 +248,48 @@ def _t5(width: int) -> nn.Module:
 
 def clip_tokenizer(tokens: int = 77) -> Any:
     """CLIP's byte-pair tokenizer with the alphabet and `WORDS`; it can spell any text."""
-    from transformers import CLIPTokenizer
-
-    alphabet = _byte_alphabet()
-    pieces = alphabet + [letter + "</w>" for letter in alphabet]
-    merges: dict[tuple[str, str], None] = {}
-    for word in WORDS:
-        left = word[0]
-        for letter in [*word[1:-1], word[-1] + "</w>"][: len(word) - 1]:
-            merges[left, letter] = None
-            left += letter
-    pieces += dict.fromkeys(left + right for left, right in merges)
-    pieces += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={piece: i for i, piece in enumerate(pieces)},
-        merges=list(merges),
-        model_max_length=tokens,
-    )
-
-
-def _byte_alphabet() -> list[str]:
-    """The printable letters that byte-level tokenizers write the 256 bytes with."""
     from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]
 
-    return sorted(ByteLevel.alphabet())
+    alphabet = sorted(ByteLevel.alphabet())
+    merges: dict[str, str] = {}  # "ca t</w>" -> "cat</w>", in order of their use
+    for word in WORDS:
+        left, *letters = [*word[:-1], f"{word[-1]}</w>"]
+        for letter in letters:
+            merges[f"{left} {letter}"] = left + letter
+            left += letter
+    ends = ("<|startoftext|>", "<|endoftext|>")
+    pieces = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *merges.values(), *ends]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    files = {
+        "vocab.json": json.dumps(vocabulary),
+        "merges.txt": "\n".join(["#version: 0.2", *merges]),
+    }
+    return _tokenizer(CLIPTokenizerFast, files, tokens)
 
 
 def t5_tokenizer(tokens: int = TOKENS) -> Any:
     """T5's unigram tokenizer with printable ASCII and `WORDS`."""
-    from transformers import T5TokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import T5TokenizerFast  # type: ignore[attr-defined]
 
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *string.digits, *string.ascii_letters]
-    pieces += [*string.punctuation, *(f"▁{word}" for word in dict.fromkeys(WORDS))]
-    scores = [0.0 if piece[0] == "<" and len(piece) > 1 else -1.0 for piece in pieces]
-    return T5TokenizerFast(
-        vocab=list(zip(pieces, scores, strict=True)), extra_ids=0, model_max_length=tokens
+    letters = (*string.digits, *string.ascii_letters, *string.punctuation)
+    pieces = ["▁", *letters, *(f"▁{word}" for word in WORDS)]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    backend = Tokenizer(models.Unigram([*special, *((piece, -1.0) for piece in pieces)], unk_id=2))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁")]
     )
+    backend.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    files = {"tokenizer.json": backend.to_str()}
+    return _tokenizer(T5TokenizerFast, files, tokens, extra_ids=0)
+
+
+def _tokenizer(cls: Any, files: dict[str, str], tokens: int, **settings: Any) -> Any:
+    """By way of files: the one way in that is the same in transformers 4 and 5."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        return cls.from_pretrained(
+            folder, model_max_length=tokens, local_files_only=True, **settings
+        )
