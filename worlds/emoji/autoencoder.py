@@ -1,0 +1,58 @@
+"""Stage 1: the autoencoder, 64 x 64 x 3 to 8 x 8 x 4.
+
+L1 and L2 on pixels, L2 on pixel differences (L1 there makes the flat grey picture a trap), noise on the latents so that the decoder forgives the
+denoiser's small errors, a weak pull of the latents to unit variance.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from scenes import many
+from torch import Tensor
+from torch.nn import functional as F
+from training import Loop
+
+NOISE = 0.08  # of a unit-variance latent
+
+
+def build() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64, 128),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+    )  # contiguous: GroupNorm's backward is slow in channels_last on CPUs
+
+
+def edges(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def train(folder: Path, *, seconds: float, pictures: int = 60_000, batch: int = 24) -> None:
+    vae = build()
+    loop = Loop(folder, {"vae": vae}, steps=10**9, lr=1.2e-3, seconds=seconds, ema=0.998, warmup=100)
+    if loop.finished:
+        return
+    data = torch.from_numpy(many(pictures, seed=1)[1]).permute(0, 3, 1, 2)
+
+    def step(i: int) -> Tensor:
+        rng = torch.Generator().manual_seed(i)
+        rows = torch.randint(len(data), (batch,), generator=rng)
+        x = data[rows].float() / 127.5 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            z = vae.quant_conv(vae.encoder(x))[:, :4].float()
+            noisy = z + NOISE * torch.randn(z.shape, generator=rng)
+            y = vae.decoder(vae.post_quant_conv(noisy)).float()
+        loss = F.l1_loss(y, x) + F.mse_loss(y, x)
+        loss = loss + sum(F.mse_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True))
+        # unit variance over the batch, per channel: the fixed noise above has a meaning then
+        return loss + 0.01 * ((z.mean((0, 2, 3)).square() + (z.var((0, 2, 3)) - 1).square()).mean())
+
+    loop.run(step)

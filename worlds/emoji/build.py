@@ -1,0 +1,120 @@
+"""Build the Emoji World from a seed: `python worlds/emoji/build.py --out worlds/emoji/build`.
+
+Stages, each resumable and each leaving its log of seconds and loss:
+
+    vae       autoencoder                        (autoencoder.py)
+    text      tokenizer and text encoder         (language.py)
+    judges    two judges                         (judges.py)
+    denoiser  the U-Net, after `vae` and `text`  (denoiser.py)
+    finish    everything into src/safelight/world, fp16
+
+`--seconds stage=N` changes a stage's time budget. Needs the extra `[world]` and WordNet
+(Debian's `wordnet-base`). The drawings are committed; `art.py` makes them anew from the icon packs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+WORLD = Path(__file__).parents[2] / "src" / "safelight" / "world"
+SECONDS = {"vae": 1500.0, "text": 1700.0, "judge-a": 600.0, "judge-b": 600.0, "denoiser": 3900.0}
+STAGES = ("vae", "text", "judges", "denoiser", "finish")
+PICTURES = 80_000
+
+
+def finish(out: Path, world: Path) -> None:
+    """Averaged weights of every stage, as one diffusers folder and two judges, in half precision."""
+    from autoencoder import build as build_vae
+    from denoiser import build as build_unet
+    from denoiser import scheduler, stage
+    from diffusers import StableDiffusionPipeline
+    from judges import finish as finish_judge
+    from language import Student, build_encoder, train_tokenizer
+    from prompts import build as build_prompts
+
+    from safelight.models.export import export
+    from safelight.models.load import load
+
+    tokenizer = train_tokenizer(out / "text", [])
+    vae = stage(build_vae(), out / "vae", "vae")
+    with torch.no_grad():  # the spread head is not trained: say "almost none"
+        vae.quant_conv.weight[4:] = 0
+        vae.quant_conv.bias[4:] = -12.0
+    vae.register_to_config(scaling_factor=json.loads((out / "denoiser" / "scale.json").read_text())["scaling_factor"])
+    student = stage(Student(build_encoder(tokenizer)), out / "text", "student")
+    unet = stage(build_unet(), out / "denoiser", "unet")
+    pipeline = StableDiffusionPipeline(
+        vae=vae.half(),
+        text_encoder=student.encoder.half(),
+        tokenizer=tokenizer,
+        unet=unet.half(),
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    export(load(pipeline), [], world / "model")
+    about = {"name": "emoji-world", "sampling": {"steps": 20, "guidance": 4.0, "size": [64, 64]}, "patches": []}
+    (world / "model" / "safelight.json").write_text(json.dumps(about, indent=1) + "\n")
+    for which in "ab":
+        finish_judge(out / f"judge-{which}", which, world / "judges")
+    build_prompts(world / "prompts")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "build")
+    parser.add_argument("--stage", choices=STAGES, action="append", help="only these; default all")
+    parser.add_argument("--seconds", action="append", default=[], metavar="STAGE=N")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--world", type=Path, default=WORLD, help="where `finish` writes")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    budget = SECONDS | {k: float(v) for k, v in (s.split("=") for s in options.seconds)}
+    stages = options.stage or STAGES
+
+    if "vae" in stages:
+        import autoencoder
+
+        autoencoder.train(options.out / "vae", seconds=budget["vae"])
+    if "text" in stages:
+        import language
+
+        language.train(options.out / "text", seconds=budget["text"])
+        print(language.held_out_report(options.out / "text"))
+    if "judges" in stages:
+        import judges
+
+        coded = judges.reencode(options.out)
+        for which in "ab":
+            judges.train(options.out / f"judge-{which}", which, seconds=budget[f"judge-{which}"], coded=coded)
+    if "denoiser" in stages:
+        import denoiser
+
+        folders = (options.out / "denoiser", options.out / "vae", options.out / "text")
+        denoiser.train(*folders, seconds=budget["denoiser"], pictures=PICTURES)
+    if "finish" in stages:
+        finish(options.out, options.world)
+    logs = {
+        s: json.loads(line)
+        for s in ("vae", "text", "judge-a", "judge-b", "denoiser")
+        if (line := _log(options.out / s / "state.safetensors"))
+    }
+    (options.out / "log.json").write_text(json.dumps(logs))
+
+
+def _log(path: Path) -> str | None:
+    from safetensors import safe_open
+
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as f:
+        return f.metadata()["log"]
+
+
+if __name__ == "__main__":
+    main()
