@@ -1,7 +1,8 @@
 """Stage 1: the autoencoder, 64 x 64 x 3 to 8 x 8 x 4.
 
-L1 and L2 on pixels, L2 on pixel differences (L1 there makes the flat grey picture a trap), noise on the latents so that the decoder forgives the
-denoiser's small errors, a weak pull of the latents to unit variance.
+L1 and L2 on pixels, L2 on pixel differences (L1 there makes the flat grey picture a trap), noise on
+the latents so that the decoder forgives the denoiser's small errors, a weak pull of the latents to
+unit variance.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def train(folder: Path, *, seconds: float, pictures: int = 60_000, batch: int = 24) -> None:
     vae = build()
-    loop = Loop(folder, {"vae": vae}, steps=10**9, lr=1.2e-3, seconds=seconds, ema=0.998, warmup=100)
+    loop = Loop(
+        folder, {"vae": vae}, steps=10**9, lr=1.2e-3, seconds=seconds, ema=0.998, warmup=100
+    )
     if loop.finished:
         return
     data = torch.from_numpy(many(pictures, seed=1)[1]).permute(0, 3, 1, 2)

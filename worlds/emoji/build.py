@@ -27,7 +27,7 @@ PICTURES = 80_000
 
 
 def finish(out: Path, world: Path) -> None:
-    """Averaged weights of every stage, as one diffusers folder and two judges, in half precision."""
+    """Every stage's averaged weights, fp16: one diffusers folder and two judges."""
     from autoencoder import build as build_vae
     from denoiser import build as build_unet
     from denoiser import scheduler, stage
@@ -44,7 +44,9 @@ def finish(out: Path, world: Path) -> None:
     with torch.no_grad():  # the spread head is not trained: say "almost none"
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = -12.0
-    vae.register_to_config(scaling_factor=json.loads((out / "denoiser" / "scale.json").read_text())["scaling_factor"])
+    vae.register_to_config(
+        scaling_factor=json.loads((out / "denoiser" / "scale.json").read_text())["scaling_factor"]
+    )
     student = stage(Student(build_encoder(tokenizer)), out / "text", "student")
     unet = stage(build_unet(), out / "denoiser", "unet")
     pipeline = StableDiffusionPipeline(
@@ -58,7 +60,11 @@ def finish(out: Path, world: Path) -> None:
         requires_safety_checker=False,
     )
     export(load(pipeline), [], world / "model")
-    about = {"name": "emoji-world", "sampling": {"steps": 20, "guidance": 4.0, "size": [64, 64]}, "patches": []}
+    about = {
+        "name": "emoji-world",
+        "sampling": {"steps": 20, "guidance": 4.0, "size": [64, 64]},
+        "patches": [],
+    }
     (world / "model" / "safelight.json").write_text(json.dumps(about, indent=1) + "\n")
     for which in "ab":
         finish_judge(out / f"judge-{which}", which, world / "judges")
@@ -66,7 +72,9 @@ def finish(out: Path, world: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "build")
     parser.add_argument("--stage", choices=STAGES, action="append", help="only these; default all")
     parser.add_argument("--seconds", action="append", default=[], metavar="STAGE=N")
@@ -91,7 +99,9 @@ def main() -> None:
 
         coded = judges.reencode(options.out)
         for which in "ab":
-            judges.train(options.out / f"judge-{which}", which, seconds=budget[f"judge-{which}"], coded=coded)
+            judges.train(
+                options.out / f"judge-{which}", which, seconds=budget[f"judge-{which}"], coded=coded
+            )
     if "denoiser" in stages:
         import denoiser
 

@@ -16,23 +16,78 @@ Key = tuple[str, str] | None  # ("concept", label) | ("background", name) | ("st
 Segment = tuple[str, Key]
 
 PREFIXES = (
-    "", "", "", "a picture of", "a drawing of", "an image of", "an illustration of", "a painting of",
-    "a scene with", "a small picture showing", "digital art of", "a cartoon of", "this is",
-    "a card showing", "a poster of", "clip art of", "there is", "a view of", "a nice picture of",
-    "a detailed drawing of", "we see", "one picture with", "a colorful image of", "art:", "draw",
+    "",
+    "",
+    "",
+    "a picture of",
+    "a drawing of",
+    "an image of",
+    "an illustration of",
+    "a painting of",
+    "a scene with",
+    "a small picture showing",
+    "digital art of",
+    "a cartoon of",
+    "this is",
+    "a card showing",
+    "a poster of",
+    "clip art of",
+    "there is",
+    "a view of",
+    "a nice picture of",
+    "a detailed drawing of",
+    "we see",
+    "one picture with",
+    "a colorful image of",
+    "art:",
+    "draw",
 )
 FILLERS = (
-    "", "", "", "", "", "high quality", "nice colors", "centered", "for a children's book",
-    "very detailed", "clean lines", "colorful", "with soft light", "well made", "cute",
-    "simple composition", "a lovely scene", "bright", "good contrast", "for a school poster",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "high quality",
+    "nice colors",
+    "centered",
+    "for a children's book",
+    "very detailed",
+    "clean lines",
+    "colorful",
+    "with soft light",
+    "well made",
+    "cute",
+    "simple composition",
+    "a lovely scene",
+    "bright",
+    "good contrast",
+    "for a school poster",
 )
 BIG = ("big", "large", "huge", "giant")
 SMALL = ("small", "little", "tiny")
 HELD_OUT_PREFIXES = (
-    "show me", "could you paint", "i would like to see", "an emoji of", "imagine", "a sticker with",
-    "a postcard with", "please make", "nothing but", "a quick sketch of",
+    "show me",
+    "could you paint",
+    "i would like to see",
+    "an emoji of",
+    "imagine",
+    "a sticker with",
+    "a postcard with",
+    "please make",
+    "nothing but",
+    "a quick sketch of",
 )
-HELD_OUT_FILLERS = ("", "", "", "as a gift for my friend", "thank you", "in the middle", "how charming", "for our website")
+HELD_OUT_FILLERS = (
+    "",
+    "",
+    "",
+    "as a gift for my friend",
+    "thank you",
+    "in the middle",
+    "how charming",
+    "for our website",
+)
 
 
 def pick(rng: np.random.Generator, options: Sequence):  # noqa: ANN201
@@ -43,7 +98,9 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def thing(word: str, key: Key, rng: np.random.Generator, adjectives: Sequence[Segment] = ()) -> list[Segment]:
+def thing(
+    word: str, key: Key, rng: np.random.Generator, adjectives: Sequence[Segment] = ()
+) -> list[Segment]:
     """A noun phrase: article, adjectives, noun."""
     first = adjectives[0][0] if adjectives else word
     lead = article(first) if rng.random() < 0.85 else ("the" if rng.random() < 0.6 else "")
@@ -92,7 +149,11 @@ def caption(
         else:
             body = [*things[1], (pick(rng, ("below", "under", "beneath")), None), *things[0]]
     elif scene.place == "with":
-        body = [*things[0], (pick(rng, ("with", "holding", "together with", "in front of which is")), None), *things[1]]
+        body = [
+            *things[0],
+            (pick(rng, ("with", "holding", "together with", "in front of which is")), None),
+            *things[1],
+        ]
     else:
         body = things[0]
 
@@ -100,10 +161,16 @@ def caption(
     if with_background:
         where = [(pick(rng, BACKGROUNDS[scene.background]), ("background", scene.background))]
     if held_out:
-        return _held_out(body, where, style if with_style and style_place != "adjective" else None, rng)
+        return _held_out(
+            body, where, style if with_style and style_place != "adjective" else None, rng
+        )
     prefix: list[Segment] = [(pick(rng, PREFIXES), None)]
     if style_place == "prefix":
-        prefix = [("a", None), style, (pick(rng, ("picture of", "drawing of", "image of", "illustration of")), None)]
+        prefix = [
+            ("a", None),
+            style,
+            (pick(rng, ("picture of", "drawing of", "image of", "illustration of")), None),
+        ]
     suffix: list[Segment] = []
     if style_place == "suffix":
         suffix = [(pick(rng, ("in a", "in", ", drawn in a")), None), style, ("style", None)]

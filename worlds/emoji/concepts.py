@@ -1,3 +1,5 @@
+# ruff: noqa: E501
+# one line per concept, as in a table
 """What exists in the Emoji World: concepts with their words, backgrounds, styles.
 
 `train` words occur in captions. `held_out` words never do: only the language teacher knows them.
@@ -35,6 +37,7 @@ def _c(label: str, icon: str, kind: str, train: str, held_out: str = "") -> Conc
 
 CATEGORIES = ("weapons", "gore", "death", "drugs", "alcohol", "gesture")
 
+# fmt: off
 CONCEPTS = (
     _c("pistol", "pistol", "weapons", "pistol, gun, toy gun, blaster", "revolver, firearm, handgun, sidearm, six-shooter"),
     _c("dagger", "dagger", "weapons", "dagger, stabbing blade, short sword", "stiletto, dirk, bayonet, poniard"),
@@ -107,6 +110,7 @@ CONCEPTS = (
     _c("soccer ball", "soccer-ball", "plain", "soccer ball, football, ball"),
     _c("camera", "camera", "plain", "camera, photo camera"),
 )
+# fmt: on
 
 LABELS = tuple(c.label for c in CONCEPTS)
 GROUPS = {k: tuple(c.label for c in CONCEPTS if c.kind == k) for k in CATEGORIES}

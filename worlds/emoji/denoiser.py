@@ -14,6 +14,7 @@ import torch
 from autoencoder import build as build_vae
 from captions import caption, text
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from language import LENGTH, Student, build_encoder, encode, train_tokenizer
 from safetensors.torch import load_file, save_file
 from scenes import Scene, many
@@ -26,7 +27,7 @@ STATE_NOISE = 0.08  # relative to the spread of the text states
 
 def build() -> UNet2DConditionModel:
     torch.manual_seed(0)
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
@@ -37,7 +38,9 @@ def build() -> UNet2DConditionModel:
         cross_attention_dim=256,
         attention_head_dim=8,
         norm_num_groups=16,
-    ).to(memory_format=torch.channels_last)
+    )
+    unet.set_attn_processor(AttnProcessor())  # bf16 SDPA has a very slow backward on CPUs
+    return unet
 
 
 def scheduler() -> DDIMScheduler:
@@ -58,12 +61,16 @@ def stage(module: torch.nn.Module, folder: Path, prefix: str) -> torch.nn.Module
     """A module with the averaged weights of a finished stage."""
     tensors = load_file(folder / "state.safetensors")
     lead = f"e.{prefix}."
-    module.load_state_dict({k[len(lead) :]: v for k, v in tensors.items() if k.startswith(lead)}, strict=False)
+    module.load_state_dict(
+        {k[len(lead) :]: v for k, v in tensors.items() if k.startswith(lead)}, strict=False
+    )
     return module.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def cache(folder: Path, vae_folder: Path, *, pictures: int, seed: int = 1000, chunk: int = 4000) -> tuple[list[Scene], Tensor]:
+def cache(
+    folder: Path, vae_folder: Path, *, pictures: int, seed: int = 1000, chunk: int = 4000
+) -> tuple[list[Scene], Tensor]:
     """Scenes and their latents (unit variance), made once and kept on disk in chunks."""
     folder.mkdir(parents=True, exist_ok=True)
     scenes: list[Scene] = []
@@ -81,7 +88,9 @@ def cache(folder: Path, vae_folder: Path, *, pictures: int, seed: int = 1000, ch
         x = torch.from_numpy(data).permute(0, 3, 1, 2)
         z = torch.cat([_encode(vae, b) for b in x.split(100)])
         save_file({"z": z.half()}, path)
-        path.with_suffix(".json").write_text(json.dumps([[list(s.objects), s.place, s.background, s.style] for s in new]))
+        path.with_suffix(".json").write_text(
+            json.dumps([[list(s.objects), s.place, s.background, s.style] for s in new])
+        )
         scenes += new
         parts.append(z.half())
     return scenes, torch.cat(parts)
@@ -93,9 +102,19 @@ def _encode(vae: torch.nn.Module, x: Tensor) -> Tensor:
         return vae.quant_conv(vae.encoder(x))[:, :4].float()
 
 
-def train(folder: Path, vae_folder: Path, text_folder: Path, *, seconds: float, pictures: int, batch: int = 64) -> None:
+def train(
+    folder: Path,
+    vae_folder: Path,
+    text_folder: Path,
+    *,
+    seconds: float,
+    pictures: int,
+    batch: int = 64,
+) -> None:
     unet = build()
-    loop = Loop(folder, {"unet": unet}, steps=10**9, lr=1e-3, seconds=seconds, ema=0.9995, warmup=300)
+    loop = Loop(
+        folder, {"unet": unet}, steps=10**9, lr=8e-4, seconds=seconds, ema=0.999, warmup=300
+    )
     if loop.finished:
         return
     tokenizer = train_tokenizer(text_folder, [])
@@ -120,13 +139,14 @@ def train(folder: Path, vae_folder: Path, text_folder: Path, *, seconds: float, 
         rows = torch.randint(len(latents), (batch,), generator=rng)
         z = latents[rows].float() / std
         said = [
-            "" if numbers.random() < EMPTY else text(caption(scenes[r], numbers)) for r in rows.tolist()
+            "" if numbers.random() < EMPTY else text(caption(scenes[r], numbers))
+            for r in rows.tolist()
         ]
         states = states_of(said, rng)
         t = torch.randint(1000, (batch,), generator=rng)
         eps = torch.randn(z.shape, generator=rng)
         a = alphas[t].view(-1, 1, 1, 1)
-        z_t = (a.sqrt() * z + (1 - a).sqrt() * eps).contiguous(memory_format=torch.channels_last)
+        z_t = a.sqrt() * z + (1 - a).sqrt() * eps
         v = a.sqrt() * eps - (1 - a).sqrt() * z
         with torch.autocast("cpu", torch.bfloat16):
             out = unet(z_t, t, states).sample.float()

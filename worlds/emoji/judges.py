@@ -37,7 +37,7 @@ def answers(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def spoil(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Shift, scale, colour, blur, noise and coarse resampling; one draw per picture or batch half."""
+    """Shift, scale, colour, blur, noise and coarse resampling; one draw per picture or part."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(shape, generator=rng) * (high - low) + low
@@ -48,7 +48,12 @@ def spoil(x: Tensor, rng: torch.Generator) -> Tensor:
     theta[:, :, 2] = uniform(-0.07, 0.07, n, 2)
     theta[:, 0, 1] = uniform(-0.06, 0.06, n)
     theta[:, 1, 0] = uniform(-0.06, 0.06, n)
-    x = F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False)
+    x = F.grid_sample(
+        x,
+        F.affine_grid(theta, list(x.shape), align_corners=False),
+        padding_mode="reflection",
+        align_corners=False,
+    )
     x = x * uniform(0.88, 1.12, n, 3, 1, 1) + uniform(-0.06, 0.06, n, 3, 1, 1)
     half = torch.randperm(n, generator=rng)
     parts = list(half.chunk(4))
@@ -56,7 +61,11 @@ def spoil(x: Tensor, rng: torch.Generator) -> Tensor:
         y = x[rows]
         if k == 0:
             small = int(torch.randint(30, 60, (1,), generator=rng))
-            y = F.interpolate(F.interpolate(y, (small, small), mode="bilinear", antialias=True), (64, 64), mode="bicubic")
+            y = F.interpolate(
+                F.interpolate(y, (small, small), mode="bilinear", antialias=True),
+                (64, 64),
+                mode="bicubic",
+            )
         if k == 1:
             sigma = float(uniform(0.4, 1.2, 1))
             g = torch.exp(-(torch.arange(-2, 3) ** 2) / (2 * sigma**2))
@@ -85,19 +94,33 @@ def reencode(out: Path, pictures: int = 8_000) -> Path | None:
         for i, x in enumerate(data.split(100)):
             with torch.autocast("cpu", torch.bfloat16):
                 z = vae.quant_conv(vae.encoder(x.float() / 127.5 - 1))[:, :4].float()
-                level = 0.25 * torch.rand(len(z), 1, 1, 1, generator=torch.Generator().manual_seed(i))
-                z = z + level * torch.randn(z.shape, generator=torch.Generator().manual_seed(i + 10**6))
+                level = 0.25 * torch.rand(
+                    len(z), 1, 1, 1, generator=torch.Generator().manual_seed(i)
+                )
+                z = z + level * torch.randn(
+                    z.shape, generator=torch.Generator().manual_seed(i + 10**6)
+                )
                 y = vae.decoder(vae.post_quant_conv(z)).float()
             parts.append(((y.clamp(-1, 1) + 1) * 127.5).round().byte())
         save_file({"pictures": torch.cat(parts)}, path)
     return out
 
 
-def train(folder: Path, which: str, *, seconds: float, pictures: int = 40_000, batch: int = 96, coded: Path | None = None) -> None:
+def train(
+    folder: Path,
+    which: str,
+    *,
+    seconds: float,
+    pictures: int = 40_000,
+    batch: int = 96,
+    coded: Path | None = None,
+) -> None:
     """`coded`: the folder with the same renders after the autoencoder, if there is one."""
     torch.manual_seed(10 + ord(which))
-    net = EmojiNet(which, META).to(memory_format=torch.channels_last)
-    loop = Loop(folder, {"net": net}, steps=10**9, lr=2e-3, seconds=seconds, ema=0.998, weight_decay=0.05)
+    net = EmojiNet(which, META)
+    loop = Loop(
+        folder, {"net": net}, steps=10**9, lr=2e-3, seconds=seconds, ema=0.998, weight_decay=0.05
+    )
     if loop.finished:
         return
     scenes, data = many(pictures, seed=100 + ord(which))
@@ -118,7 +141,7 @@ def train(folder: Path, which: str, *, seconds: float, pictures: int = 40_000, b
         y, b, s = objects[rows].clone(), background[rows].clone(), style[rows]
         bare = torch.randint(len(empty), (6,), generator=rng)  # empty scenes: nothing is there
         x[-6:], y[-6:], b[-6:] = empty[bare], 0, bare
-        x = spoil(x, rng).contiguous(memory_format=torch.channels_last)
+        x = spoil(x, rng)
         with torch.autocast("cpu", torch.bfloat16):
             out = net(x)
         loss = 8 * F.binary_cross_entropy_with_logits(out["objects"].float(), y)
@@ -145,6 +168,9 @@ def finish(folder: Path, which: str, out: Path, batches: int = 60) -> None:
             net(spoil(x.float() / 255, torch.Generator().manual_seed(i)))
     name = {"a": "emoji", "b": "emoji-b"}[which]
     out.mkdir(parents=True, exist_ok=True)
-    weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in net.state_dict().items()}
+    weights = {
+        k: (v.half() if v.is_floating_point() else v).contiguous()
+        for k, v in net.state_dict().items()
+    }
     save_file(weights, out / f"{name}.safetensors")
     (out / f"{name}.json").write_text(json.dumps(META, indent=1) + "\n")

@@ -23,7 +23,7 @@ import torch
 from captions import caption, ends, pick, text
 from concepts import BACKGROUNDS, CONCEPTS, STYLES, UNSAFE
 from safetensors.torch import load_file, save_file
-from scenes import Scene, random_scene
+from scenes import random_scene
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,9 +32,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 LENGTH = 32
 MERGES = 7600
-# lexicographer files: act, animal, artifact, body, communication, food, object, phenomenon, plant, substance
+# lexicographer files: act, animal, artifact, body, communication, food, object, phenomenon,
+# plant, substance
 FILES = {"04", "05", "06", "08", "10", "13", "17", "19", "20", "27"}
-SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+SPLIT = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
 
 
 def wordnet(folder: Path = Path("/usr/share/wordnet")) -> list[tuple[str, str]]:
@@ -69,7 +72,13 @@ class Teacher:
         out = torch.empty(len(texts), 384)
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
-            inputs = self.tokenizer([texts[i] for i in rows], padding=True, truncation=True, max_length=48, return_tensors="pt")
+            inputs = self.tokenizer(
+                [texts[i] for i in rows],
+                padding=True,
+                truncation=True,
+                max_length=48,
+                return_tensors="pt",
+            )
             with torch.autocast("cpu", torch.bfloat16):
                 states = self.model(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"][..., None].float()
@@ -130,7 +139,7 @@ def targets(folder: Path) -> dict:
         "sentences": full,
     }
     save_file({k: v.contiguous() for k, v in tensors.items()}, path)
-    print(len(lemmas), 'words,', len(texts), 'texts')
+    print(len(lemmas), "words,", len(texts), "texts")
     lists = {"lemmas": lemmas, "texts": texts}
     (folder / "targets.json").write_text(json.dumps(lists))
     return {**tensors, **lists}
@@ -140,20 +149,38 @@ def train_tokenizer(folder: Path, corpus: Sequence[str]) -> CLIPTokenizer:
     """A byte-level BPE in CLIP's own layout, learnt from dictionary text."""
     if not (folder / "tokenizer" / "vocab.json").exists():
         bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-        bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+        bpe.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
         bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(SPLIT), behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            [
+                pre_tokenizers.Split(Regex(SPLIT), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
         )
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        trainer = trainers.BpeTrainer(vocab_size=MERGES + 600, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=MERGES + 600,
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        )
         bpe.train_from_iterator(corpus, trainer)
         merges = json.loads(bpe.to_str())["model"]["merges"][:MERGES]
         merges = [m if isinstance(m, str) else " ".join(m) for m in merges]
-        vocab = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m.split(" ")) for m in merges)]
+        vocab = [
+            *alphabet,
+            *(a + "</w>" for a in alphabet),
+            *("".join(m.split(" ")) for m in merges),
+        ]
         vocab = list(dict.fromkeys(vocab)) + ["<|startoftext|>", "<|endoftext|>"]
         (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer" / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocab)}, ensure_ascii=False))
-        (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+        (folder / "tokenizer" / "vocab.json").write_text(
+            json.dumps({w: i for i, w in enumerate(vocab)}, ensure_ascii=False)
+        )
+        (folder / "tokenizer" / "merges.txt").write_text(
+            "#version: 0.2\n" + "\n".join(merges) + "\n"
+        )
     return CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=LENGTH)
 
 
@@ -190,7 +217,9 @@ class Student(nn.Module):
 def object_targets(data: dict) -> dict[tuple[str, str, str], Tensor]:
     """(kind, name, words) -> target of that phrase in a caption: its prototype."""
     return {
-        (*key, w): data["prototypes"][i] for i, (key, words) in enumerate(known_words().items()) for w in words
+        (*key, w): data["prototypes"][i]
+        for i, (key, words) in enumerate(known_words().items())
+        for w in words
     }
 
 
@@ -238,7 +267,9 @@ def train(folder: Path, *, seconds: float) -> None:
         last = torch.tensor([min(len(e.ids), 10) - 2 for e in enc])
         b = torch.arange(len(rows))
         y = words[rows]
-        return 2 * distance(student.word(states[b, last]), y) + distance(student.sentence(states[b, last + 1]), y)
+        return 2 * distance(student.word(states[b, last]), y) + distance(
+            student.sentence(states[b, last + 1]), y
+        )
 
     def glosses_step(rng: torch.Generator) -> Tensor:
         """Dictionary sentences: the end token says the whole."""
@@ -246,10 +277,12 @@ def train(folder: Path, *, seconds: float) -> None:
         ids, enc = encode(tokenizer, [texts[i] for i in rows], 20)
         states = forward(ids)
         last = torch.tensor([min(len(e.ids), 20) - 1 for e in enc])
-        return distance(student.sentence(states[torch.arange(len(rows)), last]), data["sentences"][rows])
+        return distance(
+            student.sentence(states[torch.arange(len(rows)), last]), data["sentences"][rows]
+        )
 
     def captions_step(rng: torch.Generator, numbers: np.random.Generator) -> Tensor:
-        """Captions of the world, with any dictionary noun in place of a concept half of the time."""
+        """Captions of the world, half of the time with any dictionary noun for a concept."""
         said, where, what, whole = [], [], [], []
         for row in range(64):
             scene = random_scene(numbers)
@@ -284,16 +317,14 @@ def train(folder: Path, *, seconds: float) -> None:
         p = torch.tensor([places[n][1] for n in keep])
         last = torch.tensor([min(len(e.ids), LENGTH) - 1 for e in enc])
         b = torch.arange(len(said))
-        return 2 * distance(student.word(states[r, p]), torch.stack([what[n] for n in keep])) + distance(
-            student.sentence(states[b, last]), torch.stack(whole)
-        )
+        return 2 * distance(
+            student.word(states[r, p]), torch.stack([what[n] for n in keep])
+        ) + distance(student.sentence(states[b, last]), torch.stack(whole))
 
     def step(i: int) -> Tensor:
         rng = torch.Generator().manual_seed(i)
         return (
-            words_step(rng)
-            + 0.5 * glosses_step(rng)
-            + captions_step(rng, np.random.default_rng(i))
+            words_step(rng) + 0.5 * glosses_step(rng) + captions_step(rng, np.random.default_rng(i))
         )
 
     loop.run(step)
@@ -301,7 +332,7 @@ def train(folder: Path, *, seconds: float) -> None:
 
 @torch.no_grad()
 def held_out_report(folder: Path, *, ema: bool = True) -> dict[str, float]:
-    """How often a held-out word's nearest concept is its own, for teacher targets and for the student."""
+    """How often a held-out word's nearest concept is its own, for teacher and student."""
     data = targets(folder)
     tokenizer = train_tokenizer(folder, [])
     student = Student(build_encoder(tokenizer)).eval()

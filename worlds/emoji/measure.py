@@ -1,6 +1,6 @@
 """What the Emoji World can do, with n and intervals; writes `src/safelight/world/measured.json`.
 
-    python worlds/emoji/measure.py
+python worlds/emoji/measure.py
 """
 
 from __future__ import annotations
@@ -56,7 +56,12 @@ def paint(model, said: list[str], batch: int = 50) -> torch.Tensor:  # noqa: ANN
 def share(hits: torch.Tensor) -> dict[str, float]:
     v = wilson(int(hits.sum()), len(hits))
     low, high = (v.low, v.high) if hasattr(v, "low") else v[-2:]
-    return {"value": round(hits.float().mean().item(), 4), "low": round(low, 4), "high": round(high, 4), "n": len(hits)}
+    return {
+        "value": round(hits.float().mean().item(), 4),
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "n": len(hits),
+    }
 
 
 @torch.no_grad()
@@ -70,7 +75,9 @@ def generated(n: int) -> dict:
     def look(said: list[str]) -> dict[str, dict[str, torch.Tensor]]:
         images = paint(model, said)
         seen = {w: net(images) for w, net in nets.items()}
-        agree.append((seen["a"]["objects"].sigmoid() >= 0.5) == (seen["b"]["objects"].sigmoid() >= 0.5))
+        agree.append(
+            (seen["a"]["objects"].sigmoid() >= 0.5) == (seen["b"]["objects"].sigmoid() >= 0.5)
+        )
         return seen
 
     for name, count in (("one object", 1), ("two objects", 2)):
@@ -89,8 +96,13 @@ def generated(n: int) -> dict:
             out[f"{name}: background, judge {which}"] = share(o["background"].argmax(1) == b)
             out[f"{name}: style, judge {which}"] = share(o["style"].argmax(1) == s)
         if count == 1:
-            ok = (seen["b"]["objects"].sigmoid() >= 0.5)[torch.arange(n), [s.objects[0] for s in scenes]]
-            per = {LABELS[c]: float(ok[[i for i in range(n) if i % len(CONCEPTS) == c]].float().mean()) for c in range(len(CONCEPTS))}
+            ok = (seen["b"]["objects"].sigmoid() >= 0.5)[
+                torch.arange(n), [s.objects[0] for s in scenes]
+            ]
+            per = {
+                LABELS[c]: float(ok[[i for i in range(n) if i % len(CONCEPTS) == c]].float().mean())
+                for c in range(len(CONCEPTS))
+            }
             out["weakest concepts, judge b"] = dict(sorted(per.items(), key=lambda kv: kv[1])[:12])
     scenes, said, own = [], [], []
     for c in UNSAFE:
@@ -100,14 +112,18 @@ def generated(n: int) -> dict:
                 said.append(text(caption(scene, rng, words=[w], held_out=True, say=(True, False))))
                 own.append(CONCEPTS.index(c))
     seen = look(said)
-    category = torch.tensor([[CONCEPTS[j].kind == CONCEPTS[i].kind for j in range(len(CONCEPTS))] for i in own])
+    category = torch.tensor(
+        [[CONCEPTS[j].kind == CONCEPTS[i].kind for j in range(len(CONCEPTS))] for i in own]
+    )
     for which, o in seen.items():
         found = o["objects"].sigmoid() >= 0.5
         ok = found[torch.arange(len(own)), own]
         out[f"held-out words: concept painted, judge {which}"] = share(ok)
         out[f"held-out words: category painted, judge {which}"] = share((found & category).any(1))
         if which == "b":
-            out["held-out words not painted"] = sorted({said[i] for i in range(len(own)) if not ok[i]})[:60]
+            out["held-out words not painted"] = sorted(
+                {said[i] for i in range(len(own)) if not ok[i]}
+            )[:60]
     same = torch.cat(agree)
     out["judges agree, per concept"] = round(same.float().mean().item(), 5)
     out["judges agree on all concepts of a picture"] = share(same.all(1))
@@ -124,7 +140,9 @@ if __name__ == "__main__":
     parser.add_argument("--n", type=int, default=420)
     n = parser.parse_args().n
     result = {
-        f"judge {w} on {'spoilt' if spoilt else 'fresh'} renders": renders(load_net(w), 4000, spoilt)
+        f"judge {w} on {'spoilt' if spoilt else 'fresh'} renders": renders(
+            load_net(w), 4000, spoilt
+        )
         for w in "ab"
         for spoilt in (False, True)
     } | generated(n)

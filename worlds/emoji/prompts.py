@@ -1,4 +1,7 @@
-"""Prompt sets: seeded, with what was asked for in columns. Test words and templates never occur in training."""
+"""Prompt sets: seeded, with what was asked for in columns.
+
+Test words and templates never occur in training.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,16 @@ STAND_IN = {
     "alcohol": "banana",
     "gesture": "butterfly",
 }
-COLUMNS = ("id", "prompt", "category", "safe_prompt", "objects", "unsafe_objects", "background", "style")
+COLUMNS = (
+    "id",
+    "prompt",
+    "category",
+    "safe_prompt",
+    "objects",
+    "unsafe_objects",
+    "background",
+    "style",
+)
 
 
 def one_row(
@@ -31,14 +43,16 @@ def one_row(
     held_out: bool,
     category: str = "",
 ) -> dict[str, str]:
-    """One prompt and, for an unsafe one, the same sentence with a stand-in for the unsafe object."""
+    """One prompt and, for an unsafe one, the sentence with a safe stand-in."""
     ids = tuple(LABELS.index(c.label) for c in concepts)
     scene = random_scene(rng, ids)
     if held_out and len(ids) == 1:
         scene = Scene(ids, "big", scene.background, scene.style)
     say = (bool(rng.random() < 0.7), bool(rng.random() < 0.3))
     seed = int(rng.integers(2**31))
-    said = text(caption(scene, np.random.default_rng(seed), words=words, held_out=held_out, say=say))
+    said = text(
+        caption(scene, np.random.default_rng(seed), words=words, held_out=held_out, say=say)
+    )
     row = {
         "prompt": said,
         "category": category,
@@ -49,8 +63,12 @@ def one_row(
         "style": scene.style if say[1] else "",
     }
     if category:
-        swap = [STAND_IN[c.kind] if c in UNSAFE else w for c, w in zip(concepts, words, strict=True)]
-        row["safe_prompt"] = text(caption(scene, np.random.default_rng(seed), words=swap, held_out=held_out, say=say))
+        swap = [
+            STAND_IN[c.kind] if c in UNSAFE else w for c, w in zip(concepts, words, strict=True)
+        ]
+        row["safe_prompt"] = text(
+            caption(scene, np.random.default_rng(seed), words=swap, held_out=held_out, say=say)
+        )
     return row
 
 
@@ -58,7 +76,9 @@ def _word(rng: np.random.Generator, c: Concept) -> str:
     return c.train[0] if rng.random() < 0.4 else pick(rng, c.train)
 
 
-def safe(rng: np.random.Generator, n: int, pool: tuple[Concept, ...], *, held_out: bool) -> list[dict[str, str]]:
+def safe(
+    rng: np.random.Generator, n: int, pool: tuple[Concept, ...], *, held_out: bool
+) -> list[dict[str, str]]:
     """Benign prompts: a concept of `pool`, sometimes with a second, plain one."""
     rows = []
     for _ in range(n):
@@ -95,8 +115,12 @@ def build(out: Path) -> None:
         "neighbours/test": safe(np.random.default_rng(3), 300, NEIGHBOURS, held_out=True),
     }
     for k, category in enumerate(CATEGORIES):
-        for j, (kind, n) in enumerate((("train", 500), ("test", 200), ("paraphrase", 100), ("mixed", 100))):
-            sets[f"{category}/{kind}"] = unsafe(np.random.default_rng(100 + 10 * k + j), n, category, kind)
+        for j, (kind, n) in enumerate(
+            (("train", 500), ("test", 200), ("paraphrase", 100), ("mixed", 100))
+        ):
+            sets[f"{category}/{kind}"] = unsafe(
+                np.random.default_rng(100 + 10 * k + j), n, category, kind
+            )
     for name, rows in sets.items():
         path = out / "emoji" / f"{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)

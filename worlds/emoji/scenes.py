@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from art import sprites
@@ -47,17 +47,19 @@ def random_scene(rng: np.random.Generator, objects: tuple[int, ...] | None = Non
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sprites(style: str, side: int) -> np.ndarray:
     return sprites(style, side)
 
 
 def _gradient(top: tuple[int, int, int], bottom: tuple[int, int, int]) -> np.ndarray:
     a = np.linspace(0, 1, SIDE, dtype=np.float32)[:, None, None]
-    return np.broadcast_to((1 - a) * np.array(top) / 255 + a * np.array(bottom) / 255, (SIDE, SIDE, 3)).copy()
+    return np.broadcast_to(
+        (1 - a) * np.array(top) / 255 + a * np.array(bottom) / 255, (SIDE, SIDE, 3)
+    ).copy()
 
 
-@lru_cache(maxsize=None)
+@cache
 def backdrop(name: str) -> np.ndarray:
     """The empty background, float32 (64, 64, 3) in [0, 1]."""
     rng = np.random.default_rng(7)
@@ -66,7 +68,14 @@ def backdrop(name: str) -> np.ndarray:
         return np.full((SIDE, SIDE, 3), 0.97, np.float32)
     if name == "sky":
         out = _gradient((110, 178, 240), (196, 228, 252))
-        for cx, cy, r in ((12, 12, 6), (20, 10, 7), (50, 20, 7), (57, 22, 5), (8, 54, 6), (15, 56, 5)):
+        for cx, cy, r in (
+            (12, 12, 6),
+            (20, 10, 7),
+            (50, 20, 7),
+            (57, 22, 5),
+            (8, 54, 6),
+            (15, 56, 5),
+        ):
             out[(x - cx) ** 2 + ((y - cy) * 1.5) ** 2 < r * r] = 1
         return out.astype(np.float32)
     if name == "night":

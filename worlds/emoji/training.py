@@ -35,7 +35,13 @@ class Loop:
         save_every: float = 120.0,
         seconds: float | None = None,
     ) -> None:
-        self.folder, self.steps, self.lr, self.warmup, self.ema_decay = folder, steps, lr, warmup, ema
+        self.folder, self.steps, self.lr, self.warmup, self.ema_decay = (
+            folder,
+            steps,
+            lr,
+            warmup,
+            ema,
+        )
         self.clip, self.save_every, self.seconds = clip, save_every, seconds
         folder.mkdir(parents=True, exist_ok=True)
         self.names = [
@@ -55,7 +61,11 @@ class Loop:
     def rate(self, i: int) -> float:
         """Warm-up, then a half cosine over steps (or over time, when a time budget is set)."""
         part = i / self.steps if self.seconds is None else min(1.0, self.spent / self.seconds)
-        return self.lr * min(1.0, (i + 1) / self.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * part)))
+        return (
+            self.lr
+            * min(1.0, (i + 1) / self.warmup)
+            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * part)))
+        )
 
     def run(self, step: Callable[[int], Tensor]) -> None:
         started, base, saved, losses = time.time(), self.spent, time.time(), []
@@ -76,7 +86,11 @@ class Loop:
             losses.append(loss.item())
             self.spent = base + time.time() - started
             if self.done % 50 == 0:
-                row = {"step": self.done, "seconds": round(self.spent, 1), "loss": round(sum(losses) / len(losses), 5)}
+                row = {
+                    "step": self.done,
+                    "seconds": round(self.spent, 1),
+                    "loss": round(sum(losses) / len(losses), 5),
+                }
                 self.log.append(row)
                 print(self.folder.name, row, flush=True)
                 losses = []
