@@ -33,7 +33,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python docs/cards.py --check
-	$(BIN)/mypy
+	$(BIN)/mypy src/safelight
 
 bench: install
 	$(BIN)/safelight demo --size standard --output runs/bench $(ARGS)

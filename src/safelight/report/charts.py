@@ -13,7 +13,7 @@ from math import ceil, floor, log10
 from markupsafe import Markup, escape
 
 from safelight.report import words
-from safelight.report.run import BASE, Run
+from safelight.report.run import BASE, Row, Run
 from safelight.report.summary import benign_sets, categories, is_mixed, unsafe_sets
 
 WIDTH, HEIGHT = 460, 320
@@ -130,8 +130,10 @@ def _points(runs: Sequence[Run], judge: str, benign: str) -> list[_Point]:
     points = []
     for color, run in enumerate(runs):
         fidelity = run.value("fidelity", benign, judge)
+        if fidelity is None or not run.protects:
+            continue
         several = len(categories([run])) > 1
-        for category in categories([run]) if fidelity and run.protects else ():
+        for category in categories([run]):
             plain = [name for name in unsafe_sets(run, category) if not is_mixed([run], name)]
             removed = run.value("nrr", plain[0], judge) if plain else None
             if removed and words.number(removed["value"]) and words.number(fidelity["value"]):
@@ -140,7 +142,7 @@ def _points(runs: Sequence[Run], judge: str, benign: str) -> list[_Point]:
     return points
 
 
-def _spread(row: dict) -> tuple[float, float, float]:
+def _spread(row: Row) -> tuple[float, float, float]:
     low, value, high = row["low"], row["value"], row["high"]
     return (low if words.number(low) else value, value, high if words.number(high) else value)
 
@@ -229,7 +231,7 @@ def _curve(name: str, histories: Iterable[tuple[int, str, list[dict]]]) -> Chart
     ys = [y for _, _, points in lines for _, y in points]
     axes = Axes((0, max(xs)), _range(ys), "step", name)
     title, note = TERMS.get(name, (name, ""))
-    parts = [axes.draw()]
+    parts: list[str] = [axes.draw()]
     for color, label, points in lines:
         thin = points[:: max(1, len(points) // MOST_POINTS)]
         thin = thin if thin[-1] == points[-1] else [*thin, points[-1]]

@@ -209,8 +209,8 @@ def embed(path: Path) -> str:
     """A stored picture as a data URI; empty if the run did not keep it."""
     if not path.is_file():
         return ""
-    with Image.open(path) as picture:
-        picture = picture.convert("RGB")
+    with Image.open(path) as stored:
+        picture = stored.convert("RGB")
         picture.thumbnail((LARGEST, LARGEST))
         file = io.BytesIO()
         lossless = max(picture.size) <= LOSSLESS

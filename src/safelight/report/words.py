@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from math import isfinite
-from typing import Any
+from typing import Any, TypeGuard
 
 from safelight.cli.cards import Entry, entry
 from safelight.names import table
@@ -98,7 +98,7 @@ def set_part(name: str) -> str:
     return parts[1] if parts[1] in PARTS else parts[2]
 
 
-def number(x: Any) -> bool:
+def number(x: Any) -> TypeGuard[float]:
     return isinstance(x, int | float) and not isinstance(x, bool) and isfinite(x)
 
 
