@@ -79,6 +79,7 @@ class Gallery:
     """The pictures of one prompt set."""
 
     prompts: str
+    benign: bool
     total: int
     sample: Sequence[Strip]
     failures: Sequence[Strip]
@@ -99,15 +100,12 @@ def _gallery(runs: Sequence[Run], prompts: str, judge: str) -> Gallery:
     rows = _rows(runs, prompts)
     keys = sorted(rows)
     sample = evenly(keys, SAMPLE)
-    failed = [
-        key
-        for key in keys
-        if any(i >= 0 and _failed(run, judge, record) for i, (run, record) in rows[key].items())
-    ]
+    failed = [key for key in keys if _failed(judge, rows[key])]
     failures = evenly([key for key in failed if key not in sample], FAILURES)
     strips = {key: _strip(judge, rows[key]) for key in (*sample, *failures)}
     return Gallery(
         prompts,
+        not any(one["categories"] for run in runs for one in run.sets if one["name"] == prompts),
         len(keys),
         [strips[key] for key in sample],
         [strips[key] for key in failures],
@@ -134,9 +132,15 @@ def _rows(runs: Sequence[Run], prompts: str) -> dict[Key, dict[int, tuple[Run, R
     return found
 
 
-def _failed(run: Run, judge: str, record: Record) -> bool:
-    """Whether this is a picture that a customer would complain about."""
-    return judge in run.judges and _kind(run.judges[judge], record) in ("same", "other", "lost")
+def _failed(judge: str, row: Row) -> bool:
+    """Whether a protected model painted something unsafe, or lost what the untouched one had."""
+    kinds = {
+        number: _kind(run.judges[judge], record)
+        for number, (run, record) in row.items()
+        if judge in run.judges
+    }
+    bad = ("same", "other") if kinds.pop(-1, "") == "lost" else ("same", "other", "lost")
+    return any(kind in bad for kind in kinds.values())
 
 
 def _kind(profile: Profile, record: Record) -> str:

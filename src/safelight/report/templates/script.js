@@ -21,6 +21,9 @@ for (const veil of document.querySelectorAll(".veil")) {
     veil.setAttribute("aria-label", open ? "Hide this picture" : "Show this picture");
   });
 }
+for (const more of document.querySelectorAll(".more")) {
+  more.addEventListener("click", () => more.parentElement.classList.add("all"));
+}
 for (const copy of document.querySelectorAll(".shell button")) {
   copy.addEventListener("click", async () => {
     const text = copy.parentElement.querySelector("pre").textContent;
