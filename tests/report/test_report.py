@@ -41,8 +41,8 @@ def test_the_same_runs_give_the_same_page(two_runs, text, tmp_path):
 
 
 def test_every_run_is_a_row_beside_the_untouched_model(runs):
-    (block,) = summary.blocks(runs)
-    assert [line.label for line in block.lines] == [
+    (block,) = summary.blocks(runs, "emoji-b")
+    assert [line.label for line in block.groups[0].lines] == [
         "Untouched model",
         "SafeText",
         "SafeText, anchor 1",
@@ -103,10 +103,13 @@ def test_the_headlines_are_those_of_the_strictest_judge(tmp_path):
     assert summary.judges(read_all([run]))[0] == "emoji-b"
 
 
-def test_several_categories_have_a_block_each_and_the_weakest_is_in_the_headline(tmp_path):
+def test_several_categories_share_one_table_and_the_weakest_is_in_the_headline(tmp_path):
     run = write_run(tmp_path / "run", size=8, categories=("weapons", "alcohol"), unjudged=0)
     runs = read_all([run])
-    assert [block.category for block in summary.blocks(runs)] == ["weapons", "alcohol"]
+    safety, quality = summary.blocks(runs, "emoji-b")
+    assert [group.name for group in safety.groups] == ["weapons", "alcohol"]
+    assert {len(line.cells) for group in safety.groups for line in group.lines} == {5}
+    assert [column.metric for column in quality.columns] == ["fidelity", "fidelity", "drift"]
     (card,) = summary.headlines(runs)
     rates = {c: runs[0].value("nrr", f"emoji/{c}/test", "emoji-b")["value"]
              for c in ("weapons", "alcohol")}  # fmt: skip

@@ -17,7 +17,7 @@ from safelight.report.run import BASE, Row, Run
 from safelight.report.summary import benign_sets, categories, is_mixed, unsafe_sets
 
 WIDTH, HEIGHT = 460, 320
-LEFT, RIGHT, TOP, BOTTOM = 50, 16, 20, 44
+LEFT, RIGHT, TOP, BOTTOM = 56, 16, 20, 44
 COLORS = 6
 MOST_POINTS = 240  # a longer curve is thinned out
 
@@ -77,7 +77,7 @@ class Axes:
         parts.append(f'<text class="axis" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">'
                      f"{escape(self.x_label)}</text>")  # fmt: skip
         y_middle = (TOP + HEIGHT - BOTTOM) / 2
-        parts.append(f'<text class="axis" transform="translate(13 {y_middle}) rotate(-90)" '
+        parts.append(f'<text class="axis" transform="translate(11 {y_middle}) rotate(-90)" '
                      f'text-anchor="middle">{escape(self.y_label)}</text>')  # fmt: skip
         return Markup("".join(parts))
 
@@ -263,7 +263,7 @@ def pareto(runs: Sequence[Run]) -> Chart | None:
         _range([p["drift"] for *_, line, _ in groups for p in line]),
         _range([p["cosine"] for *_, line, _ in groups for p in line]),
         "drift of safe prompts (less is better)",
-        "|cos| of unsafe prompts to before (less is better)",
+        "|cos| of unsafe prompts (less is better)",
     )
     title = "Held-out trade-off over epochs and lambda"
     parts = [axes.draw(), *(_epochs(axes, *group) for group in groups)]

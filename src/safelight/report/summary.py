@@ -10,7 +10,7 @@ from safelight.report.run import BASE, PROTECTED, Row, Run
 
 BECAME = ("same", "other", "broken", "refused", "safe")
 """What an unsafe picture can turn into, from worst to best."""
-DOUBTFUL = 0.05  # share of unjudged rows from which a figure is marked
+DOUBTFUL = 0.1  # share of unjudged rows from which a figure is marked
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,21 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Block:
-    """The rows about one unsafe category, as one judge sees them."""
+class Group:
+    """Rows that belong together: those about one unsafe category, where there are several."""
 
-    category: str
+    name: str
+    lines: Sequence[Line]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A table as one judge sees it; its columns are titles and what they are about."""
+
+    title: str
     judge: str
     columns: Sequence[Column]
-    lines: Sequence[Line]
+    groups: Sequence[Group]
 
 
 def categories(runs: Sequence[Run]) -> tuple[str, ...]:
@@ -113,44 +121,77 @@ def is_mixed(runs: Sequence[Run], prompts: str) -> bool:
     return any(run.has("survival", prompts) for run in runs)
 
 
-def columns(runs: Sequence[Run], category: str) -> list[Column]:
-    """The figures worth a column: removal, what came instead, what is left of the rest."""
+def safety_columns(runs: Sequence[Run], category: str) -> list[Column]:
+    """What is worth a column about unsafe prompts: removal, and what came instead."""
     unsafe = list(dict.fromkeys(name for run in runs for name in unsafe_sets(run, category)))
-    benign = list(dict.fromkeys(name for run in runs for name in benign_sets(run)))
     plain = [name for name in unsafe if not is_mixed(runs, name)]
     wanted = [Column("unsafe_rate", name) for name in plain[:1]]
     wanted += [Column("nrr", name) for name in plain]
     wanted += [Column("became_safe", name) for name in plain[:1]]
     wanted += [Column("survival", name) for name in unsafe if name not in plain]
-    wanted += [Column("fidelity", name) for name in benign]
+    return _known(runs, wanted)
+
+
+def quality_columns(runs: Sequence[Run]) -> list[Column]:
+    """What is worth a column about benign prompts: what is left of the rest."""
+    benign = list(dict.fromkeys(name for run in runs for name in benign_sets(run)))
+    wanted = [Column("fidelity", name) for name in benign]
     wanted += [Column("drift", name) for name in benign[:1]]
+    return _known(runs, wanted)
+
+
+def _known(runs: Sequence[Run], wanted: Sequence[Column]) -> list[Column]:
     return [one for one in wanted if any(run.has(one.metric, one.prompts) for run in runs)]
 
 
-def blocks(runs: Sequence[Run]) -> list[Block]:
-    """The summary table: per category and judge, the untouched model and every run."""
-    return [
-        Block(category, judge, found, _lines(runs, judge, category, found))
-        for category in categories(runs)
-        for judge in judges(runs)
-        if (found := columns(runs, category))
-    ]
+def blocks(runs: Sequence[Run], judge: str) -> list[Block]:
+    """The summary: one table for one category, else one about safety and one about quality."""
+    found = categories(runs)
+    quality = quality_columns(runs)
+    if len(found) == 1:
+        columns = safety_columns(runs, found[0]) + quality
+        lines = _lines(runs, judge, found[0], columns, with_cost=True)
+        return [Block(found[0] or "All prompts", judge, columns, [Group("", lines)])]
+    by_category = {
+        category: {(c.metric, words.set_part(c.prompts)): c for c in safety_columns(runs, category)}
+        for category in found
+    }
+    titles = {key: c for columns in by_category.values() for key, c in columns.items()}
+    groups = []
+    for category, own in by_category.items():
+        lines = _lines(runs, judge, category, [own.get(key) for key in titles], with_cost=False)
+        groups.append(Group(category, lines))
+    tables = [Block("Safety, by category", judge, list(titles.values()), groups)]
+    if quality:
+        lines = _lines(runs, judge, "", quality, with_cost=True)
+        tables.append(Block("Quality and cost", judge, quality, [Group("", lines)]))
+    return tables
 
 
-def _lines(runs: Sequence[Run], judge: str, category: str, found: Sequence[Column]) -> list[Line]:
+def _lines(
+    runs: Sequence[Run],
+    judge: str,
+    category: str,
+    columns: Sequence[Column | None],
+    *,
+    with_cost: bool,
+) -> list[Line]:
     mine = [
         (i, run)
         for i, run in enumerate(runs)
         if judge in run.judges and (not category or unsafe_sets(run, category))
     ]
+
+    def cells(run: Run, arm: str) -> list[Cell]:
+        return [cell(run, c.metric, c.prompts, judge, arm) if c else Cell() for c in columns]
+
     lines = [
-        Line(None, name, -1, [cell(run, c.metric, c.prompts, judge, BASE) for c in found])
-        for name, run in _untouched([run for _, run in mine])
+        Line(None, name, -1, cells(run, BASE)) for name, run in _untouched([r for _, r in mine])
     ]
     for i, run in mine:
         if run.protects:
-            cells = [cell(run, c.metric, c.prompts, judge) for c in found]
-            lines.append(Line(run, run.label, i, cells, cost(run)))
+            price = cost(run) if with_cost else []
+            lines.append(Line(run, run.label, i, cells(run, PROTECTED), price))
     return lines
 
 
