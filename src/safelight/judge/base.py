@@ -10,7 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -53,13 +54,16 @@ class Judge(ABC):
     """
 
     card: ClassVar[Card]
-    name: str
-    labels: tuple[str, ...]
-    groups: Mapping[str, tuple[str, ...]]
-    threshold: float = 0.5
-    clean: Mapping[str, float] = {}
-    weights_sha256: str = ""
-    feature_name: str = ""
+    if TYPE_CHECKING:  # not settings: a judge may fix them, compute them or make them fields
+        name: str
+        labels: tuple[str, ...]
+        groups: Mapping[str, tuple[str, ...]]
+        threshold: float
+        clean: Mapping[str, float]
+    threshold = 0.5
+    clean = MappingProxyType({})
+    weights_sha256 = ""
+    feature_name = ""
 
     @abstractmethod
     def score(
