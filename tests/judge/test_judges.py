@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from safelight.errors import GuardFailed, Unsupported
+from safelight.errors import GuardFailed, NotFound, Unsupported
 from safelight.flow import Card
 from safelight.judge.base import Judge, Look
 from safelight.judge.fake import FakeJudge
@@ -65,6 +65,11 @@ def test_the_stored_score_decides_as_the_live_one_did():
 def test_a_broken_judge_is_an_error_and_never_safe(answer, words):
     with pytest.raises(GuardFailed, match=words):
         Scripted(answer=answer)(PAIR, ["x", "y"])
+
+
+def test_a_judge_without_its_weights_says_what_to_do():
+    with pytest.raises(NotFound, match="reinstall"):
+        Scripted(answer=NotFound("no weights; reinstall"))(PAIR, ["x", "y"])
 
 
 def test_a_judge_is_not_asked_about_pictures_that_are_not_pictures():

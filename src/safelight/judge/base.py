@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from safelight.errors import GuardFailed, Unsupported
+from safelight.errors import GuardFailed, SafelightError, Unsupported
 from safelight.flow import Card, Verdict
 
 DIGITS = 4  # scores are rounded once, here, so that a stored score decides as the live one did

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 
-from safelight.errors import NotFound
+from safelight.errors import NotFound, WorkFailed
 from safelight.flow import Card
 from safelight.judge.base import Judge, Look
 
@@ -45,10 +46,20 @@ class EmojiJudge(Judge):
 
     @cached_property
     def net(self) -> Any:
-        """The network with its `meta`, loaded on first use."""
-        from safelight.judge.emoji_net import load_net
+        """The network with its `meta`, loaded on first use.
 
-        return load_net(self.which)
+        Raises:
+            NotFound: The weights are not there.
+            WorkFailed: They cannot be read.
+        """
+        from safelight.judge import emoji_net
+
+        try:
+            return emoji_net.load_net(self.which)
+        except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            raise WorkFailed(
+                f"the weights of judge {self.name!r} are damaged ({error}). Reinstall safelight."
+            ) from error
 
     @cached_property
     def labels(self) -> tuple[str, ...]:  # type: ignore[override]
