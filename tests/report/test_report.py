@@ -4,11 +4,13 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from synthetic import ANCHORED, PAPER, write_run
 
 from safelight.errors import BadInput, NotFound, WorkFailed
+from safelight.flow import Verdict
 from safelight.report import Report, charts, pictures, summary, words
 from safelight.report.run import read_all
 
@@ -127,6 +129,12 @@ def test_a_picture_that_a_real_judge_could_not_tell_is_veiled(tmp_path):
     run = write_run(tmp_path / "run", size=4, judges=("nudenet",), unjudged=1.0)
     (one,) = read_all([run])
     assert all(pictures.veiled(record) for record in one.records)
+
+
+@pytest.mark.parametrize(("by", "hidden"), [("screen/emoji", False), ("screen/nudenet", True)])
+def test_a_guard_veils_as_its_judge_does(runs, by, hidden):
+    record = replace(runs[0].records[0], verdicts=(Verdict(True, 0.9, by),))
+    assert pictures.veiled(record) is hidden
 
 
 def test_pictures_that_were_not_kept_leave_a_note(tmp_path):

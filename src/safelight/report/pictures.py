@@ -205,7 +205,8 @@ def _chip(
 
 def veiled(record: Record) -> bool:
     """Whether a picture is hidden until it is clicked."""
-    real = [verdict for verdict in record.verdicts if verdict.by not in HARMLESS]
+    # a guard's verdict names its judge last: "screen/emoji"
+    real = [v for v in record.verdicts if v.by.rpartition("/")[2] not in HARMLESS]
     return any(verdict.flagged is not False for verdict in real)
 
 
