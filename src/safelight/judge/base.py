@@ -106,9 +106,9 @@ class Judge(ABC):
             )
         try:
             look = self.see(images, prompts)
-        except (
-            Exception
-        ) as error:  # whatever broke, the pictures are unjudged: say so, never "safe"
+        except SafelightError:
+            raise
+        except Exception as error:  # whatever broke, the pictures are unjudged, never "safe"
             raise GuardFailed(
                 f"judge {self.name!r} failed: {type(error).__name__}: {error}"
             ) from error
