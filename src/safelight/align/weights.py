@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,9 @@ def full(model: TextToImage, modules: Sequence[str], *, embeddings: bool = True)
     """Lend all weights of some modules, with or without their embedding tables."""
     with _copies(model, modules) as copies:
         tables = set() if embeddings else _tables(model, modules)
-        wanted = {name: p.requires_grad_() for name, p in copies.items() if name not in tables}
+        wanted = {name: p for name, p in copies.items() if name not in tables}
+        for p in wanted.values():
+            p.requires_grad_()
         yield _Full(wanted)
 
 
@@ -152,8 +154,8 @@ def _adapted(
     linear = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     if not linear:
         raise Unsupported(f"{name} has no linear layer that LoRA could adapt; train all of it.")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear, bias="none")
-    wrapped = PeftModel(module, config)
+    config = LoraConfig(r=rank, lora_alpha=cast(int, alpha), target_modules=linear, bias="none")
+    wrapped: Any = PeftModel(cast(Any, module), config)
     try:
         wrapped.eval()
         inner = wrapped.base_model.model

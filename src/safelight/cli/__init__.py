@@ -6,6 +6,8 @@ at once. Exit codes: 0 done, 1 a stated threshold was violated, 2 wrong use, 3 t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
 
 from safelight.cli import (
@@ -30,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for name, command in {
+COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "list": list_.list_,
     "show": show.show,
@@ -40,7 +42,8 @@ for name, command in {
     "report": report.report,
     "export": export.export,
     "doctor": doctor.doctor,
-}.items():
+}
+for name, command in COMMANDS.items():
     app.command(name)(polite(command))
 
 

@@ -107,8 +107,10 @@ def _settings(module: str, node: ast.ClassDef) -> dict[str, Setting]:
         if isinstance(base, ast.Name):
             home = _imported_from(module, base.id) or module
             parent = _definition(home, base.id)
-            if parent is not None:
+            if isinstance(parent, ast.ClassDef):
                 found |= _settings(home, parent)
+    if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        return found
     helps = dict(_arguments(ast.get_docstring(node) or ""))
     for name, annotation, value in _assignments(node):
         if annotation is None or name.startswith("_") or annotation.startswith("ClassVar"):
@@ -154,7 +156,8 @@ def _assignments(node: ast.ClassDef) -> Iterator[tuple[str, str | None, ast.expr
 def _arguments(docstring: str) -> Iterator[tuple[str, str]]:
     """(name, meaning) from the `Args:` part of a docstring."""
     _, _, part = docstring.partition("Args:\n")
-    name, words = "", []
+    name = ""
+    words: list[str] = []
     for line in part.splitlines():
         if not line.strip() or not line.startswith("    "):
             break

@@ -159,20 +159,29 @@ def _number(value: Any) -> bool:
 
 
 def print_values(values: list[dict[str, Any]]) -> None:
-    """One row per figure."""
+    """One row per figure, a block per prompt set; the judge is named once if there is only one."""
     from rich.table import Table
 
-    grid = Table()
-    for column in ("metric", "prompts", "arm", "judge"):
+    judges = {row.get("judge") for row in values}
+    judged = ("judge",) if len(judges) > 1 else ()
+    grid = Table(title=None if judged else f"judge {judges.pop()}" if judges else None)
+    grid.add_column("metric", no_wrap=True)
+    for column in ("arm", *judged):
         grid.add_column(column)
-    for column in ("value", "95 % interval", "n", "skipped"):
-        grid.add_column(column, justify="right")
+    grid.add_column("value", justify="right", no_wrap=True)
+    grid.add_column("95 % interval", justify="right", no_wrap=True)
+    grid.add_column("n", justify="right")
+    grid.add_column("skipped", justify="right")
+    block = None
     for row in values:
+        if row.get("prompts") != block:
+            block = row.get("prompts")
+            grid.add_section()
+            grid.add_row(f"[bold]{block}[/]")
+        names = (str(row.get(key) or "") for key in ("arm", *judged))
         value, low, high = (
             f"{row[key]:.3f}" if _number(row[key]) else "-" for key in ("value", "low", "high")
         )
-        names = (str(row.get(key) or "") for key in ("metric", "prompts", "arm", "judge"))
-        grid.add_row(
-            *names, value, f"{low} .. {high}", str(row["n"]), str(row.get("skipped") or "")
-        )
+        skipped = str(row.get("skipped") or "")
+        grid.add_row(row["metric"], *names, value, f"{low} .. {high}", str(row["n"]), skipped)
     out().print(grid)

@@ -9,7 +9,6 @@ import typer
 
 from safelight.cli.console import Json, emit, say, working
 from safelight.cli.patches import load_patches
-from safelight.errors import BadInput
 
 
 def export(
@@ -19,8 +18,6 @@ def export(
     json: Json = False,
 ) -> None:
     """Write the patched model as a diffusers folder that needs no Safelight."""
-    if output.exists() and any(output.iterdir()):
-        raise BadInput(f"{output} is not empty; name a new folder with -o.")
     with working("loading torch"):
         patches = load_patches(patch)
         from safelight.models import patch as patching

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,11 +45,10 @@ def generate(
     with working(f"loading {model}"):
         handle = load(model)
         target = Guarded(handle, guards(guard or [])) if guard else handle
-    given = {"steps": steps, "guidance": guidance}
+    asked: dict[str, Any] = {"steps": steps, "guidance": guidance}
+    asked = {key: value for key, value in asked.items() if value is not None}
     with working("painting"), worn(handle, patches):
-        outcomes = target(
-            prompts, seed=seed, **{key: value for key, value in given.items() if value is not None}
-        )
+        outcomes = target(prompts, seed=seed, **asked)
     paths = [save(outcome, output, i) for i, outcome in enumerate(outcomes)]
     if json:
         emit([_row(outcome, path) for outcome, path in zip(outcomes, paths, strict=True)])

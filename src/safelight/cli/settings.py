@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from safelight.errors import BadInput, unknown
 
-T = TypeVar("T")
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
-def build(method: Callable[..., T], pairs: Sequence[str], **given: Any) -> T:
+def build(method: Any, pairs: Sequence[str], **given: Any) -> Any:
     """A method from `key=value` texts.
 
     Args:
@@ -24,10 +23,6 @@ def build(method: Callable[..., T], pairs: Sequence[str], **given: Any) -> T:
     Raises:
         BadInput: Not `key=value`, an unknown key, a value of the wrong type, a missing setting.
     """
-    if not dataclasses.is_dataclass(method):
-        if pairs:
-            raise BadInput(f"{getattr(method, '__name__', method)} has no settings.")
-        return method(**given)
     hints = get_type_hints(method)
     fields = {field.name: field for field in dataclasses.fields(method) if field.init}
     values = dict(given)

@@ -43,7 +43,8 @@ def _print(one: Entry) -> None:
     if one.card:
         facts = Table.grid(padding=(0, 2))
         facts.add_row("[dim]paper[/]", f"{one.card.title}, {one.card.source}")
-        facts.add_row("[dim]needs[/]", ", ".join(one.card.needs) or "nothing")
+        if one.card.needs:
+            facts.add_row("[dim]needs[/]", ", ".join(one.card.needs))
         facts.add_row("[dim]families[/]", ", ".join(one.card.families))
         for what, figure in one.card.claims.items():
             facts.add_row("[dim]claims[/]", f"{escape(what)}: {figure}")
