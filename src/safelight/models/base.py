@@ -8,7 +8,6 @@ or `vae`, and the parameter as transformers 5 spells it (without the `text_model
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,8 @@ from torch import Tensor, nn
 from safelight.errors import BadInput, Unsupported
 from safelight.flow import Condition, Outcome, Span
 from safelight.models import sampling
+from safelight.models.weights import Weights
+from safelight.models.weights import plain as plain  # part of how parameters are named
 
 log = logging.getLogger(__name__)
 
@@ -115,9 +116,7 @@ class TextToImage(ABC):
         self.layout: Mapping[str, Span] = MappingProxyType(self._layout())
         steps, guidance = self.defaults
         self.sampling = sampling or Sampling(steps, guidance, self._trained_size())
-        self._places = _places(self.modules)
-        self._originals: dict[str, Tensor] = {}
-        self._loaded_as: dict[str, str] = {}  # hash in memory -> hash as stored, see `cast`
+        self.weights = Weights(self.modules)
 
     t5_tokens: ClassVar[int] = 256
 
@@ -155,35 +154,18 @@ class TextToImage(ABC):
 
     def parameters(self) -> dict[str, Tensor]:
         """Every parameter by its name; tied ones appear once, under their first name."""
-        return {name: places[0].get() for name, places in self._places.items()}
+        return self.weights.now()
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every module's weights as they are now.
 
         Values are hashed as float32, so that float16 weights hash alike however they were loaded.
         """
-        found: dict[str, Any] = {module: hashlib.sha256() for module in self.modules}
-        for name, value in sorted(self.parameters().items()):
-            module, _, rest = name.partition(".")
-            found[module].update(f"{rest}{tuple(value.shape)}".encode())
-            found[module].update(value.detach().float().cpu().contiguous().numpy().data)
-        return {
-            module: self._loaded_as.get(sha.hexdigest(), sha.hexdigest())
-            for module, sha in found.items()
-        }
+        return self.weights.hashes()
 
     def cast(self, *, device: torch.device, dtype: torch.dtype) -> None:
         """Move all modules. `hashes` keeps naming the weights as they were before rounding."""
-        rounds = dtype != torch.float32 and any(
-            p.dtype != dtype for p in self.parameters().values()
-        )
-        before = self.hashes() if rounds else {}
-        for module in self.modules.values():
-            nn.Module.to(module, device=device, dtype=dtype)  # diffusers' own warns for nothing
-            if dtype == torch.float16:  # T5's overflow there
-                _keep_precise(module)
-        if before:
-            self._loaded_as = {now: before[name] for name, now in self.hashes().items()}
+        self.weights.cast(device, dtype)
 
     # Text
 
@@ -453,8 +435,7 @@ class TextToImage(ABC):
 
     # Changing weights
 
-    @contextmanager
-    def using(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+    def using(self, values: Mapping[str, Tensor]) -> AbstractContextManager:
         """Run with other tensors in place of the named parameters; gradients reach them.
 
         The untouched parameters themselves come back on exit, so no bit can differ.
@@ -462,17 +443,7 @@ class TextToImage(ABC):
         Raises:
             BadInput: No such parameter, or another shape.
         """
-        self._check(values)
-        before = {name: self._places[name][0].get() for name in values}
-        fresh = {name: value for name, value in before.items() if name not in self._originals}
-        self._originals |= fresh
-        try:
-            self._put(values)
-            yield
-        finally:
-            self._put(before)
-            for name in fresh:
-                del self._originals[name]
+        return self.weights.using(values)
 
     def patched(
         self, patch: Change, scale: float = 1.0, force: bool = False
@@ -490,34 +461,13 @@ class TextToImage(ABC):
         """
         return self.using(patch.applied(self, scale=scale, force=force))
 
-    @contextmanager
-    def unpatched(self) -> Iterator[None]:
+    def unpatched(self) -> AbstractContextManager:
         """Run the untouched model inside `patched` or `using`, e.g. for reference terms."""
-        now = {name: self._places[name][0].get() for name in self._originals}
-        self._put(self._originals)
-        try:
-            yield
-        finally:
-            self._put(now)
+        return self.weights.unpatched()
 
     def untouched(self, name: str) -> Tensor:
         """A parameter as it is without any patch."""
-        return self._originals.get(name, self._places[name][0].get())
-
-    def _check(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            if name not in self._places:
-                raise BadInput(f"{self.name} has no parameter {name!r}.")
-            shape = self._places[name][0].get().shape
-            if value.shape != shape:
-                raise BadInput(
-                    f"{name} has shape {tuple(shape)} in {self.name}, not {tuple(value.shape)}."
-                )
-
-    def _put(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            for place in self._places[name]:
-                place.put(value)
+        return self.weights.untouched(name)
 
     # Per family
 
@@ -601,52 +551,11 @@ class TextToImage(ABC):
             yield dtype
             return
         own = {name: value for name, value in self.parameters().items() if name[:4] == "vae."}
-        self._put({name: value.float() for name, value in own.items()})
+        self.weights.put({name: value.float() for name, value in own.items()})
         try:
             yield torch.float32
         finally:
-            self._put(own)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a parameter lives. Plain tensors may stand there too, as in `torch.func`."""
-
-    module: nn.Module
-    leaf: str
-
-    def get(self) -> Any:
-        return self.module._parameters[self.leaf]
-
-    def put(self, value: Tensor) -> None:
-        self.module._parameters[self.leaf] = value  # type: ignore[assignment]
-
-
-def _places(modules: Mapping[str, nn.Module]) -> dict[str, list[_Place]]:
-    """Every parameter's places by name; tied parameters have several places and one name."""
-    found: dict[int, tuple[str, list[_Place]]] = {}
-    for module_name, module in modules.items():
-        for path, owner in module.named_modules():
-            for leaf, value in owner._parameters.items():
-                if value is None:
-                    continue
-                name = f"{path}.{leaf}" if path else leaf
-                name = f"{module_name}.{plain(name)}"
-                found.setdefault(id(value), (name, []))[1].append(_Place(owner, leaf))
-    return dict(found.values())
-
-
-def _keep_precise(module: nn.Module) -> None:
-    """Put those layers that their authors want in float32 back there."""
-    leaves = set(getattr(module, "_keep_in_fp32_modules", None) or ())
-    for name, layer in module.named_modules():
-        if name.rpartition(".")[2] in leaves:
-            layer.float()
-
-
-def plain(name: str) -> str:
-    """A text encoder's parameter name without the prefix that transformers 4 has, 5 has not."""
-    return name.removeprefix("text_model.")
+            self.weights.put(own)
 
 
 def texts(prompts: Sequence[Any]) -> tuple[str, ...]:

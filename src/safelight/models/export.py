@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safelight.errors import BadInput
-from safelight.models.base import TextToImage, plain
+from safelight.models.base import TextToImage
 from safelight.models.folder import replaced
 from safelight.models.load import quiet, tokenizer_part
 from safelight.models.patch import Patch, worn
+from safelight.models.weights import plain
 
 log = logging.getLogger(__name__)
 
