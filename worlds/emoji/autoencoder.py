@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from scenes import many
@@ -36,7 +37,7 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
-def train(folder: Path, *, seconds: float, pictures: int = 60_000, batch: int = 24) -> None:
+def train(folder: Path, *, seconds: float, pictures: int = 60_000, batch: int = 8) -> None:
     vae = build()
     loop = Loop(
         folder, {"vae": vae}, steps=10**9, lr=1.2e-3, seconds=seconds, ema=0.998, warmup=100
@@ -57,5 +58,36 @@ def train(folder: Path, *, seconds: float, pictures: int = 60_000, batch: int = 
         loss = loss + sum(F.mse_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True))
         # unit variance over the batch, per channel: the fixed noise above has a meaning then
         return loss + 0.01 * ((z.mean((0, 2, 3)).square() + (z.var((0, 2, 3)) - 1).square()).mean())
+
+    loop.run(step)
+
+
+def polish(
+    folder: Path, vae_folder: Path, cached: Path, *, seconds: float, batch: int = 24
+) -> None:
+    """Train the decoder alone, on the latents the denoiser learns from: they stay as they are."""
+    from denoiser import cache, stage
+
+    vae = stage(build(), vae_folder, "vae")
+    for part in (vae.decoder, vae.post_quant_conv):
+        part.requires_grad_(True)
+    loop = Loop(folder, {"vae": vae}, steps=10**9, lr=8e-4, seconds=seconds, ema=0.998)
+    if loop.finished:
+        return
+    n = 4000 * sum(1 for _ in cached.glob("latents-*.safetensors"))
+    _, latents = cache(cached, vae_folder, pictures=n)
+    pictures = [many(4000, seed=1000 + k)[1] for k in range(n // 4000)]
+    data = torch.from_numpy(np.concatenate(pictures)).permute(0, 3, 1, 2)
+    vae.train()
+
+    def step(i: int) -> Tensor:
+        rng = torch.Generator().manual_seed(i)
+        rows = torch.randint(len(data), (batch,), generator=rng)
+        x, z = data[rows].float() / 127.5 - 1, latents[rows].float()
+        with torch.autocast("cpu", torch.bfloat16):
+            noisy = z + NOISE * torch.randn(z.shape, generator=rng)
+            y = vae.decoder(vae.post_quant_conv(noisy)).float()
+        loss = F.l1_loss(y, x) + F.mse_loss(y, x)
+        return loss + sum(F.mse_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True))
 
     loop.run(step)

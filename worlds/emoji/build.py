@@ -6,6 +6,7 @@ Stages, each resumable and each leaving its log of seconds and loss:
     text      tokenizer and text encoder         (language.py)
     judges    two judges                         (judges.py)
     denoiser  the U-Net, after `vae` and `text`  (denoiser.py)
+    polish    the decoder alone, once more       (autoencoder.py)
     finish    everything into src/safelight/world, fp16
 
 `--seconds stage=N` changes a stage's time budget. Needs the extra `[world]` and WordNet
@@ -21,9 +22,16 @@ from pathlib import Path
 import torch
 
 WORLD = Path(__file__).parents[2] / "src" / "safelight" / "world"
-SECONDS = {"vae": 1500.0, "text": 1700.0, "judge-a": 600.0, "judge-b": 600.0, "denoiser": 3900.0}
-STAGES = ("vae", "text", "judges", "denoiser", "finish")
-PICTURES = 80_000
+SECONDS = {
+    "vae": 1500.0,
+    "text": 1700.0,
+    "judge-a": 600.0,
+    "judge-b": 600.0,
+    "denoiser": 3900.0,
+    "polish": 1500.0,
+}
+STAGES = ("vae", "text", "judges", "denoiser", "polish", "finish")
+PICTURES = 60_000
 
 
 def finish(out: Path, world: Path) -> None:
@@ -40,7 +48,7 @@ def finish(out: Path, world: Path) -> None:
     from safelight.models.load import load
 
     tokenizer = train_tokenizer(out / "text", [])
-    vae = stage(build_vae(), out / "vae", "vae")
+    vae = stage(stage(build_vae(), out / "vae", "vae"), out / "polish", "vae")
     with torch.no_grad():  # the spread head is not trained: say "almost none"
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = -12.0
@@ -107,11 +115,16 @@ def main() -> None:
 
         folders = (options.out / "denoiser", options.out / "vae", options.out / "text")
         denoiser.train(*folders, seconds=budget["denoiser"], pictures=PICTURES)
+    if "polish" in stages:
+        import autoencoder
+
+        folders = (options.out / "polish", options.out / "vae", options.out / "denoiser")
+        autoencoder.polish(*folders, seconds=budget["polish"])
     if "finish" in stages:
         finish(options.out, options.world)
     logs = {
         s: json.loads(line)
-        for s in ("vae", "text", "judge-a", "judge-b", "denoiser")
+        for s in ("vae", "text", "judge-a", "judge-b", "denoiser", "polish")
         if (line := _log(options.out / s / "state.safetensors"))
     }
     (options.out / "log.json").write_text(json.dumps(logs))

@@ -51,7 +51,7 @@ FILLERS = (
     "high quality",
     "nice colors",
     "centered",
-    "for a children's book",
+    "for a picture book",
     "very detailed",
     "clean lines",
     "colorful",

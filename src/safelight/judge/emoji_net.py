@@ -1,7 +1,7 @@
 """The two networks behind the Emoji World's judges: which concepts, which background, which style.
 
-`a` is a residual convolutional network, `b` a ConvNeXt-like one on 4 x 4 patches; they share no
-weights, no architecture and no training batch. Both read 64 x 64 pictures and other sizes resized.
+`a` is a residual convolutional network, `b` a ConvNeXt-like one on overlapping patches; they share
+no weights, no architecture and no training batch. Both read 64 x 64 pictures and others resized.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Residual(nn.Module):
 
 
 class Mixing(nn.Module):
-    """Depthwise 7 x 7, then a two-layer perceptron per place, and a skip."""
+    """Depthwise 5 x 5, then a two-layer perceptron per place, and a skip."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.spread = nn.Conv2d(width, width, 7, 1, 3, groups=width)
+        self.spread = nn.Conv2d(width, width, 5, 1, 2, groups=width)
         self.norm = nn.GroupNorm(1, width)
         self.up = nn.Conv2d(width, 3 * width, 1)
         self.down = nn.Conv2d(3 * width, width, 1)
@@ -68,10 +68,10 @@ def trunk_a() -> tuple[nn.ModuleList, int]:
 
 def trunk_b() -> tuple[nn.ModuleList, int]:
     stages = [
-        nn.Sequential(nn.Conv2d(3, 96, 4, 4), Mixing(96), Mixing(96)),
-        nn.Sequential(nn.Conv2d(96, 176, 2, 2), Mixing(176), Mixing(176), Mixing(176)),
+        nn.Sequential(nn.Conv2d(3, 64, 8, 4, 2), Mixing(64), Mixing(64)),
+        nn.Sequential(nn.Conv2d(64, 160, 2, 2), Mixing(160), Mixing(160), Mixing(160)),
     ]
-    return nn.ModuleList(stages), 176
+    return nn.ModuleList(stages), 160
 
 
 class EmojiNet(nn.Module):
@@ -124,5 +124,6 @@ def load_net(which: str, folder: Path | None = None) -> EmojiNet:
     if not path.exists():
         raise NotFound(f"the weights of judge {name!r} are not at {path}. Reinstall safelight.")
     net = EmojiNet(which, json.loads(path.with_suffix(".json").read_text()))
-    net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+    weights = load_file(path)
+    net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
     return net.eval().requires_grad_(False)
