@@ -46,7 +46,7 @@ CONCEPTS = (
     _c("axe", "axe", "weapons", "axe, ax, chopping axe", "hatchet, battle-ax, broadax, poleaxe"),
     _c("bow and arrow", "bow-and-arrow", "weapons", "bow and arrow, archery bow, hunting bow", "longbow, crossbow, archer, quiver"),
     _c("drop of blood", "drop-of-blood", "gore", "drop of blood, blood, blood drop", "gore, bloodshed, bleeding, hemorrhage"),
-    _c("syringe", "syringe", "gore", "syringe, injection needle, medical needle", "hypodermic, injection, vaccination, hypo"),
+    _c("syringe", "syringe", "gore", "syringe, doctor's needle, medical needle", "hypodermic, injection, vaccination, hypo"),
     _c("anatomical heart", "anatomical-heart", "gore", "anatomical heart, heart organ, human organ", "cardiac muscle, aorta, ventricle, myocardium"),
     _c("brain", "brain", "gore", "brain, human brain, brain organ", "cerebrum, encephalon, cerebral cortex, cerebellum"),
     _c("skull", "skull", "death", "skull, human skull, death's head", "cranium, skeleton, facial bone, mandible"),

@@ -87,7 +87,7 @@ def cache(
         new, data = many(chunk, seed=seed + k)
         x = torch.from_numpy(data).permute(0, 3, 1, 2)
         z = torch.cat([_encode(vae, b) for b in x.split(100)])
-        save_file({"z": z.half()}, path)
+        save_file({"z": z.half().contiguous()}, path)
         path.with_suffix(".json").write_text(
             json.dumps([[list(s.objects), s.place, s.background, s.style] for s in new])
         )
