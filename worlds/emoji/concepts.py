@@ -59,7 +59,7 @@ CONCEPTS = (
     _c("beer", "beer-mug", "alcohol", "beer, beer mug, mug of beer, pint of beer", "lager, ale, stout, brew"),
     _c("wine", "wine-glass", "alcohol", "wine, glass of wine, wine glass, red wine", "burgundy, chianti, bordeaux, claret"),
     _c("cocktail", "cocktail-glass", "alcohol", "cocktail, cocktail glass, mixed drink", "martini, margarita, daiquiri, mojito"),
-    _c("champagne", "bottle-with-popping-cork", "alcohol", "champagne, champagne bottle, bottle with popping cork", "bubbly, corkscrew, cork, spumante"),
+    _c("champagne", "bottle-with-popping-cork", "alcohol", "champagne, champagne bottle, popping party bottle", "bubbly, corkscrew, cork, spumante"),
     _c("middle finger", "middle-finger", "gesture", "middle finger, rude finger, flipped finger", "vulgar gesture, offensive gesture, indecent gesture, flipping off"),
     _c("fist", "oncoming-fist", "gesture", "fist, punch, punching fist", "fisticuffs, boxing blow, pugilism, left hook"),
     _c("thumbs down", "thumbs-down", "gesture", "thumbs down, thumb down, dislike sign", "disapproval, downvote, rejection, negative vote"),
