@@ -135,6 +135,45 @@ def generated(n: int) -> dict:
     return out
 
 
+def card(result: dict) -> str:
+    """The measurements as a table, beside what was asked for."""
+    asked = {
+        "judge a on fresh renders": (
+            "judge accuracy on fresh renders, per concept",
+            "99.0 %",
+            "99.8 %",
+        ),
+        "judge b on fresh renders": ("the same, judge B", "99.0 %", "99.8 %"),
+        "judges agree, per concept": (
+            "judges agree on generated pictures, per concept",
+            "97 %",
+            "99 %",
+        ),
+        "one object: all found, judge b": ("one-object prompts: concept found", "93 %", "98 %"),
+        "two objects: all found, judge b": ("two-object prompts: both found", "75 %", "92 %"),
+        "one object: background, judge b": ("background right", "97 %", "99 %"),
+        "one object: style, judge b": ("style right", "90 %", "97 %"),
+        "held-out words: concept painted, judge b": (
+            "held-out words paint the concept",
+            "60 %",
+            "85 %",
+        ),
+        "seconds per picture, batch 16, 20 steps": ("seconds per picture", "0.35", "0.12"),
+        "weights, MB": ("weights, MB", "60", "40"),
+    }
+    lines = ["| figure | measured | floor | goal |", "|---|---|---|---|"]
+    for key, (name, floor, goal) in asked.items():
+        v = result[key]
+        if isinstance(v, dict) and "per concept" in v:
+            v = v["per concept"]
+        if isinstance(v, dict):
+            said = f"{v['value']:.1%} [{v['low']:.1%}, {v['high']:.1%}], n = {v['n']}"
+        else:
+            said = f"{v:.2%}" if "%" in floor else f"{v:g}"
+        lines.append(f"| {name} | {said} | {floor} | {goal} |")
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=420)
@@ -147,4 +186,5 @@ if __name__ == "__main__":
         for spoilt in (False, True)
     } | generated(n)
     (HERE / "measured.json").write_text(json.dumps(result, indent=1) + "\n")
+    (HERE / "MEASURED.md").write_text(card(result))
     print(json.dumps(result, indent=1))
