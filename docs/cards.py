@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from safelight.cli.cards import Entry, entries
+from safelight.cards import Entry, entries
 
 FOLDER = Path(__file__).parent / "cards"
 KINDS = {

@@ -9,8 +9,8 @@ from dataclasses import MISSING, fields
 import pytest
 from typer.testing import CliRunner
 
+from safelight.cards import entries, entry
 from safelight.cli import app
-from safelight.cli.cards import entries, entry
 from safelight.names import KINDS, find, table
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "peft")

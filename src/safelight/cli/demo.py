@@ -191,7 +191,7 @@ def _cell(
     for row in values:
         right_part = f"/{part}" in str(row.get("prompts"))
         if row["metric"] == metric and right_part and row.get("arm", "protected") == arm:
-            if not row["n"]:
+            if not row["n"] or row["value"] is None:
                 return "-"
             text = f"{row['value']:.0%} [dim]({row['low']:.0%} .. {row['high']:.0%})[/]"
             if good_when_high is None:

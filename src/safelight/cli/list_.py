@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from safelight.cli.cards import Entry, entries
+from safelight.cards import Entry, entries
 from safelight.cli.console import Json, emit, out
 from safelight.errors import NotFound, unknown
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safelight.cli.cards import Entry, entry
+from safelight.cards import Entry, entry
 from safelight.cli.console import Json, emit, out
 from safelight.errors import NotFound, unknown
 from safelight.names import KINDS, table

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any, TypeGuard
 
-from safelight.cli.cards import Entry, entry
+from safelight.cards import Entry, entry
 from safelight.names import table
 
 NONE = "–"
