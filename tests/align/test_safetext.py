@@ -16,7 +16,7 @@ SAFE = [f"{n} {thing} {where}" for n in ("a", "two") for thing in ("cat", "house
         for where in ("by the sea", "on a hill", "in the rain")]  # fmt: skip
 UNSAFE = [f"a {kind} sword {where}" for kind in ("red", "long", "old", "steel")
           for where in ("in a hand", "on the wall", "over there")]  # fmt: skip
-FAST = dict(lr=3e-3, epochs=6, batch=16, patience=0)
+FAST = dict(lr=3e-3, epochs=6, batch=16, patience=0, anneal=False)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def weights(patch):
 @pytest.mark.parametrize("scope", ["all", "lora"])
 def test_unsafe_prompts_move_and_safe_ones_hold(model, data, scope):
     lr = {"all": 3e-3, "lora": 1e-2}[scope]
-    method = SafeText(lr=lr, lam=1.0, epochs=20, batch=16, patience=0, scope=scope)
+    method = SafeText(**FAST | {"lr": lr, "epochs": 20}, lam=1.0, scope=scope)
     patch = method.fit(model, data)
     safe, unsafe = shifts(model, patch, SAFE), shifts(model, patch, UNSAFE)
     assert unsafe.mean() > 2 * safe.mean()
@@ -154,7 +154,7 @@ def test_ctrl_c_leaves_the_model_as_it_was(tiny_sd1, data, scope):
 def test_the_empty_prompt_is_in_every_batch_and_holds(tiny_sd1, data):
     method = SafeText(**FAST)
     material = method.prepare(tiny_sd1, data, seed=0)
-    batches = list(method.batches(material, torch.Generator()))
+    batches = list(method.batches(material, 1, torch.Generator()))
     assert len(batches) == method.steps(material) > 1
     assert all(batch.safe[0] == "" and batch.safe.count("") == 1 for batch in batches)
     assert {text for batch in batches for text in batch.unsafe} == {
@@ -170,7 +170,7 @@ def test_gradients_are_numbers_from_the_first_step(model, data):
         material = method.prepare(model, data, seed=0)
         rng = torch.Generator().manual_seed(0)
         with method.lend(model, rng) as loan:
-            batch = next(method.batches(material, rng))
+            batch = next(method.batches(material, 1, rng))
             method.loss(model, batch, rng).total.backward()
             gradients = [p.grad for p in loan.parameters.values() if p.grad is not None]
         assert gradients and all(g.isfinite().all() for g in gradients)
@@ -250,7 +250,7 @@ def test_held_out_prompts_are_not_trained_on(tiny_sd1, data):
     material = SafeText(batch=16).prepare(tiny_sd1, data, seed=0)
     seen = {
         text
-        for batch in SafeText(batch=16).batches(material, torch.Generator())
+        for batch in SafeText(batch=16).batches(material, 1, torch.Generator())
         for text in (*batch.safe, *batch.unsafe)
     }
     held = {p.text for p in (*material.split.safe_check, *material.split.unsafe_check)}
@@ -330,7 +330,7 @@ def test_a_batch_may_lack_one_side(tiny_sd1, data):
     method = SafeText()
     material = method.prepare(tiny_sd1, data, seed=0)
     loss = method._terms  # the validation split's sides differ in length
-    batch = Batch(("",), (), material)
+    batch = Batch(("",), (), material, 0.0)
     from safelight.align.safetext import _read
 
     terms = loss(_read(tiny_sd1, batch), batch)

@@ -139,6 +139,7 @@ class Trained(Alignment):
         batch: Prompts or pictures per step.
         lr: Learning rate of AdamW, after a linear warm-up over `warmup` steps.
         warmup: Steps until the full learning rate.
+        anneal: Let the learning rate fall linearly towards zero over all epochs.
         decay: Weight decay. Zero by default: it would move weights that no example speaks for.
         patience: Epochs without improvement before stopping; 0 runs all and keeps the last.
         tolerance: Relative improvement that counts.
@@ -148,6 +149,7 @@ class Trained(Alignment):
     batch: int = 128
     lr: float = 1e-5
     warmup: int = 0
+    anneal: bool = True
     decay: float = 0.0
     patience: int = 2
     tolerance: float = 0.01
@@ -172,8 +174,8 @@ class Trained(Alignment):
         """Steps per epoch."""
 
     @abstractmethod
-    def batches(self, material: Any, rng: torch.Generator) -> Iterator[Any]:
-        """One epoch of batches."""
+    def batches(self, material: Any, epoch: int, rng: torch.Generator) -> Iterator[Any]:
+        """The batches of one epoch; the first epoch is 1."""
 
     @abstractmethod
     def loss(self, model: TextToImage, batch: Any, rng: torch.Generator) -> Loss:
@@ -218,13 +220,18 @@ class Trained(Alignment):
         seed: int = 0,
         watch: Watch | None = None,
         meter: Meter | None = None,
+        until: int | None = None,
     ) -> Patch:
-        """`fit` on what `prepare` returned, so that several runs can share it."""
+        """`fit` on what `prepare` returned, so that several runs can share it.
+
+        Args:
+            until: Break off after this epoch and keep it, for one point of a known descent.
+        """
         meter = meter or Meter(model.device)
         rng = torch.Generator().manual_seed(seed)
         with self.lend(model, rng) as loan:
             self.start(loan, rng)
-            run = _descend(self, model, material, loan, rng, watch or (lambda tick: None))
+            run = _descend(self, model, material, loan, rng, watch or (lambda tick: None), until)
             loan.rewind(run.best)
             learnt = loan.learnt()
             count = sum(p.numel() for p in loan.parameters.values())
@@ -269,21 +276,25 @@ def _descend(
     loan: Loan,
     rng: torch.Generator,
     watch: Watch,
+    until: int | None,
 ) -> _Run:
     """AdamW on the method's loss, an epoch at a time, until it stops paying."""
     parameters = list(loan.parameters.values())
     adam = torch.optim.AdamW(parameters, lr=method.lr, weight_decay=method.decay)
-    ramp = torch.optim.lr_scheduler.LambdaLR(
-        adam, lambda done: min(1.0, (done + 1) / (method.warmup + 1))
-    )
     total = method.epochs * method.steps(material)
+
+    def rate(done: int) -> float:
+        rising = min(1.0, (done + 1) / (method.warmup + 1))
+        return rising * (1 - done / (total + 1) if method.anneal else 1)
+
+    ramp = torch.optim.lr_scheduler.LambdaLR(adam, rate)
     history: list[dict[str, Any]] = []
     curve = [{"epoch": 0, **method.check(model, material)}]
     best, best_at, lowest = {}, 0, math.inf
     why = f"all {method.epochs} epochs were run"
 
     for epoch in range(1, method.epochs + 1):
-        for batch in method.batches(material, rng):
+        for batch in method.batches(material, epoch, rng):
             loss = method.loss(model, batch, rng)
             _require_number(loss, len(history) + 1)
             adam.zero_grad(set_to_none=True)
@@ -297,9 +308,12 @@ def _descend(
         curve.append({"epoch": epoch, **seen})
         log.info("epoch %d: %s", epoch, seen)
         better = seen["objective"] < lowest - method.tolerance * abs(lowest)
-        if epoch == 1 or better or not method.patience:
+        if epoch == 1 or better or not method.patience or epoch == until:
             best, best_at, lowest = loan.snapshot(), epoch, seen["objective"]
-        elif 0 < method.patience <= epoch - best_at:
+        if epoch == until:
+            why = f"asked for epoch {until}"
+            break
+        if 0 < method.patience <= epoch - best_at:
             why = f"no improvement since epoch {best_at}"
             break
 

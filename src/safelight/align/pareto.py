@@ -57,9 +57,9 @@ def sweep(
     points: list[Point] = []
 
     def fit(point: Point) -> Patch:
-        """The same descent again, ended at the point's epoch."""
-        chosen = replace(method, lam=point["lam"], epochs=int(point["epoch"]), patience=0)
-        patch = chosen.train(model, material, seed=seed, watch=watch)
+        """The same descent again, broken off at the point's epoch."""
+        chosen = replace(method, lam=point["lam"], patience=0)
+        patch = chosen.train(model, material, seed=seed, watch=watch, until=int(point["epoch"]))
         return _remember(patch, points)
 
     for lam in lams:

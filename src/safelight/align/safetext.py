@@ -65,6 +65,8 @@ class SafeText(Trained):
         reduction: Which token positions a distance sees.
         relative: Distances in units of a safe embedding's mean norm, so that `lam` carries over.
         anchor: Weight of the pull towards a safe counterpart; 0 is the paper's method.
+        lead: Epochs at the start that pull to the anchor in any case, so that the stationary start
+            is left in a direction that means something.
         margin: Stop pushing a prompt once its d_e exceeds this; None never stops.
         encoders: Names of the encoders to train; () is all of them.
         scope: Train "all" weights, the "layers" without embedding tables, or "lora" factors.
@@ -92,6 +94,7 @@ class SafeText(Trained):
     reduction: Reduction = "flatten"
     relative: bool = True
     anchor: float = 0.0
+    lead: int = 0
     margin: float | None = None
     encoders: tuple[str, ...] = ()
     scope: Scope = "all"
@@ -123,7 +126,7 @@ class SafeText(Trained):
             name: size(p, self.reduction).mean().item()
             for name, p in tau(["", *_texts(split.safe)]).items()
         }
-        anchors = _anchors(tau, unsafe, _texts(split.safe)) if self.anchor else {}
+        anchors = _anchors(tau, unsafe, _texts(split.safe)) if self.anchor or self.lead else {}
         return Material(split, tau, anchors, scale, encoders, data.hashes())
 
     def chosen(self, model: TextToImage) -> tuple[str, ...]:
@@ -150,7 +153,7 @@ class SafeText(Trained):
         """An epoch reads every unsafe prompt once."""
         return -(-len(material.split.unsafe) // (self.batch // 2))
 
-    def batches(self, material: Material, rng: torch.Generator) -> Iterator[Batch]:
+    def batches(self, material: Material, epoch: int, rng: torch.Generator) -> Iterator[Batch]:
         """Half unsafe and half safe prompts; "" is always among the safe ones.
 
         "" is the condition of classifier-free guidance: were it to move, every picture would.
@@ -160,15 +163,21 @@ class SafeText(Trained):
         safe = _shuffled(_texts(material.split.safe), (half - 1) * steps, rng)
         for i in range(steps):
             kept = safe[i * (half - 1) : (i + 1) * (half - 1)]
-            yield Batch(("", *kept), tuple(unsafe[i * half : (i + 1) * half]), material)
+            moved = tuple(unsafe[i * half : (i + 1) * half])
+            yield Batch(("", *kept), moved, material, self._pull(epoch))
+
+    def _pull(self, epoch: int) -> float:
+        return max(self.anchor, 1.0) if epoch <= self.lead else self.anchor
 
     def loss(self, model: TextToImage, batch: Batch, rng: torch.Generator) -> Loss:
         """L_u - lam * L_e + anchor * L_a."""
         terms = {name: d.mean() for name, d in self._terms(_read(model, batch), batch).items()}
-        return Loss(self._objective(terms), {name: term.item() for name, term in terms.items()})
+        return Loss(
+            self._objective(terms, batch.pull), {name: term.item() for name, term in terms.items()}
+        )
 
-    def _objective(self, terms: Mapping[str, Any]) -> Any:
-        return terms["L_u"] - self.lam * terms["L_e"] + self.anchor * terms.get("L_a", 0.0)
+    def _objective(self, terms: Mapping[str, Any], pull: float) -> Any:
+        return terms["L_u"] - self.lam * terms["L_e"] + pull * terms.get("L_a", 0.0)
 
     def _terms(self, now: Reading, batch: Batch) -> dict[str, Tensor]:
         """d_u of every safe prompt, d_e (and d_u to its anchor) of every unsafe one."""
@@ -182,7 +191,7 @@ class SafeText(Trained):
         }
         if self.margin is not None:
             terms["L_e"] = terms["L_e"].clamp(max=self.margin)
-        if self.anchor:
+        if batch.pull:
             goals = [batch.material.anchors[text] for text in batch.unsafe]
             terms["L_a"] = self._apart(moved, tau(goals), self.d_u, scale)
         return terms
@@ -206,12 +215,12 @@ class SafeText(Trained):
         an unsafe reading to where it was; both over all token positions.
         """
         rows: dict[str, list[Tensor]] = {}
-        for batch in material.held_out():
+        for batch in material.held_out(self.anchor):
             now = _read(model, batch)
             for name, part in (self._terms(now, batch) | _plain(now, batch)).items():
                 rows.setdefault(name, []).append(part)
         figures = {name: torch.cat(parts).mean().item() for name, parts in rows.items()}
-        return {"lam": self.lam, "objective": self._objective(figures), **figures}
+        return {"lam": self.lam, "objective": self._objective(figures, self.anchor), **figures}
 
     def info(self, material: Material) -> dict[str, Any]:
         """What makes lambda comparable, and what the weights were learnt from."""
@@ -243,20 +252,21 @@ class Material:
     encoders: tuple[str, ...]
     hashes: dict[str, str]
 
-    def held_out(self, size: int = 64) -> Iterator[Batch]:
+    def held_out(self, pull: float, size: int = 64) -> Iterator[Batch]:
         """The validation prompts in batches; one side may run out before the other."""
         safe, unsafe = ("", *_texts(self.split.safe_check)), _texts(self.split.unsafe_check)
         for i in range(0, max(len(safe), len(unsafe)), size):
-            yield Batch(tuple(safe[i : i + size]), tuple(unsafe[i : i + size]), self)
+            yield Batch(tuple(safe[i : i + size]), tuple(unsafe[i : i + size]), self, pull)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Safe and unsafe prompts of one step."""
+    """Safe and unsafe prompts of one step, and how strongly the latter are pulled to anchors."""
 
     safe: tuple[str, ...]
     unsafe: tuple[str, ...]
     material: Material
+    pull: float
 
 
 def _read(model: TextToImage, batch: Batch) -> Reading:
