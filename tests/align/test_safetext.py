@@ -16,7 +16,7 @@ SAFE = [f"{n} {thing} {where}" for n in ("a", "two") for thing in ("cat", "house
         for where in ("by the sea", "on a hill", "in the rain")]  # fmt: skip
 UNSAFE = [f"a {kind} sword {where}" for kind in ("red", "long", "old", "steel")
           for where in ("in a hand", "on the wall", "over there")]  # fmt: skip
-FAST = dict(lr=3e-3, epochs=6, batch=16, patience=0, anneal=False)
+FAST = dict(lr=3e-3, epochs=6, batch=16, patience=0, anneal=False, lead=0, variants=0)
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_layers_leaves_the_embedding_tables_alone(model, data):
 
 
 def test_training_stops_when_held_out_prompts_stop_improving(tiny_sd1, data):
-    patch = SafeText(lr=1e-9, epochs=50, batch=16, patience=2, perturb=0.0).fit(tiny_sd1, data)
+    patch = SafeText(lr=1e-9, epochs=50, batch=16, perturb=0.0, lead=0).fit(tiny_sd1, data)
     epochs = [point["epoch"] for point in patch.info["pareto"]]
     assert epochs == [0, 1, 2, 3]
     assert patch.info["stopped"]["kept_epoch"] == 1
@@ -247,7 +247,7 @@ def test_training_stops_when_held_out_prompts_stop_improving(tiny_sd1, data):
 
 
 def test_held_out_prompts_are_not_trained_on(tiny_sd1, data):
-    material = SafeText(batch=16).prepare(tiny_sd1, data, seed=0)
+    material = SafeText(batch=16, variants=0).prepare(tiny_sd1, data, seed=0)
     seen = {
         text
         for batch in SafeText(batch=16).batches(material, 1, torch.Generator())
@@ -319,6 +319,29 @@ def test_several_unsafe_sets_are_learnt_together(tiny_sd1):
     patch = SafeText(**FAST | {"epochs": 1}).fit(tiny_sd1, data)
     assert set(patch.info["data"]) == {"safe", "one", "two"}
     assert patch.info["split"]["unsafe"] + patch.info["split"]["unsafe_check"] == len(UNSAFE)
+
+
+def test_a_lead_leaves_the_stationary_start_towards_the_anchors(tiny_sd1, data):
+    pull = dict(**FAST | {"lead": 1, "epochs": 2}, d_e="euclidean", perturb=0.0)
+    patch = SafeText(**pull).fit(tiny_sd1, data)
+    assert patch.info["pareto"][-1]["cosine"] < 0.999
+    first, last = patch.info["history"][0], patch.info["history"][-1]
+    assert "L_a" in first and "L_a" not in last
+
+
+def test_variants_join_the_safe_side_without_the_suspicious_ones(tiny_sd1, data):
+    material = SafeText(variants=3).prepare(tiny_sd1, data, seed=0)
+    written = [p.text for p in material.split.safe]
+    made = material.held[len(written) :]
+    assert list(material.held[: len(written)]) == written
+    assert len(made) == round(0.8 * 3 * len(written))
+    assert len(set(made) - set(written)) > len(made) // 2
+    assert SafeText(variants=3).prepare(tiny_sd1, data, seed=0).held == material.held
+
+
+def test_the_learning_rate_follows_the_encoders_width(tiny_sd1):
+    assert SafeText().rate(tiny_sd1) == 3e-4
+    assert SafeText(lr=0.1).rate(tiny_sd1) == 0.1
 
 
 def test_settings_survive_a_round_trip():

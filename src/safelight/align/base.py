@@ -137,8 +137,8 @@ class Trained(Alignment):
     Args:
         epochs: Passes over the data, at most.
         batch: Prompts or pictures per step.
-        lr: Learning rate of AdamW, after a linear warm-up over `warmup` steps.
-        warmup: Steps until the full learning rate.
+        lr: Learning rate of AdamW; None leaves it to the method, by the model's size.
+        warmup: Steps in which the learning rate rises linearly.
         anneal: Let the learning rate fall linearly towards zero over all epochs.
         decay: Weight decay. Zero by default: it would move weights that no example speaks for.
         patience: Epochs without improvement before stopping; 0 runs all and keeps the last.
@@ -147,7 +147,7 @@ class Trained(Alignment):
 
     epochs: int = 1
     batch: int = 128
-    lr: float = 1e-5
+    lr: float | None = 1e-5
     warmup: int = 0
     anneal: bool = True
     decay: float = 0.0
@@ -156,7 +156,8 @@ class Trained(Alignment):
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "lr"):
-            if not getattr(self, name) > 0:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
                 raise BadInput(f"{name} must be above 0, not {getattr(self, name)}.")
 
     # What a method says
@@ -184,6 +185,10 @@ class Trained(Alignment):
     @abstractmethod
     def check(self, model: TextToImage, material: Any) -> dict[str, float]:
         """Figures on held-out data; "objective" (lower is better) decides when to stop."""
+
+    def rate(self, model: TextToImage) -> float:
+        """The learning rate on a model."""
+        return self.lr or 1e-5
 
     def start(self, loan: Loan, rng: torch.Generator) -> None:
         """A last word before the first step."""
@@ -244,6 +249,7 @@ class Trained(Alignment):
             base=dict(model.hashes()),
             info={
                 "seed": seed,
+                "lr": self.rate(model),
                 "cost": {**meter.read(), "parameters": count},
                 "history": run.history,
                 "pareto": run.curve,
@@ -280,7 +286,7 @@ def _descend(
 ) -> _Run:
     """AdamW on the method's loss, an epoch at a time, until it stops paying."""
     parameters = list(loan.parameters.values())
-    adam = torch.optim.AdamW(parameters, lr=method.lr, weight_decay=method.decay)
+    adam = torch.optim.AdamW(parameters, lr=method.rate(model), weight_decay=method.decay)
     total = method.epochs * method.steps(material)
 
     def rate(done: int) -> float:

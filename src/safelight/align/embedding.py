@@ -91,9 +91,15 @@ class Reference:
 
     def nearest(self, prompts: Sequence[str], among: Sequence[str]) -> list[str]:
         """For each prompt the one of `among` whose reading has the highest cosine to its own."""
-        here, there = self(prompts), self(among)
-        likeness = torch.stack([_unit(here[name]) @ _unit(there[name]).T for name in self.pieces])
-        return [among[i] for i in likeness.sum(0).argmax(1).tolist()]
+        return [among[i] for i in self.likeness(prompts, among).argmax(1).tolist()]
+
+    def likeness(
+        self, prompts: Sequence[str], others: Sequence[str]
+    ) -> Float[Tensor, "prompt other"]:
+        """Cosine of every prompt's reading to every other's, averaged over the pieces."""
+        here, there = self(prompts), self(others)
+        each = [_unit(here[name]) @ _unit(there[name]).T for name in self.pieces]
+        return torch.stack(each).mean(0)
 
     def _rows(self, prompts: Sequence[str]) -> Int[Tensor, " prompt"]:
         return torch.tensor([self.rows[text] for text in prompts], dtype=torch.long)
