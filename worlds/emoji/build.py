@@ -31,7 +31,7 @@ SECONDS = {
     "polish": 1500.0,
 }
 STAGES = ("vae", "text", "judges", "denoiser", "polish", "finish")
-PICTURES = 44_000
+PICTURES = 80_000
 
 
 def finish(out: Path, world: Path) -> None:
