@@ -361,6 +361,7 @@ class Meter:
             "seconds": round(time.perf_counter() - self.began, 2),
             "peak_memory_mb": round(peak, 1),
             "device": str(self.device),
+            "threads": torch.get_num_threads(),
         }
 
 
