@@ -14,7 +14,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 from concepts import CONCEPTS, STYLES
 from PIL import Image
 
@@ -25,6 +24,8 @@ HERE = Path(__file__).parent
 
 def rasterise(pack: Path, names: list[str]) -> Image.Image:
     """One sheet of `SIDE`-pixel drawings, row by row, cropped to their ink and centred."""
+    import resvg_py  # only the drawings' maker needs it; everyone else reads the sheets
+
     icons = json.loads((pack / "icons.json").read_text())
     rows = -(-len(names) // COLUMNS)
     sheet = Image.new("RGBA", (COLUMNS * SIDE, rows * SIDE))

@@ -87,10 +87,10 @@ def demo(
 
 
 def variants() -> dict[str, SafeText]:
-    """The paper's method, and the one that also says where unsafe prompts should go."""
+    """The paper's objective alone, and ours, which also says where unsafe prompts should go."""
     from safelight.align.safetext import SafeText
 
-    return {"safetext": SafeText(), "anchored": SafeText(anchor=1.0)}
+    return {"safetext": SafeText(lead=0, variants=0), "anchored": SafeText(anchor=1.0)}
 
 
 def _patch(
@@ -193,7 +193,7 @@ def _cell(
         if row["metric"] == metric and right_part and row.get("arm", "protected") == arm:
             if not row["n"] or row["value"] is None:
                 return "-"
-            text = f"{row['value']:.0%} [dim]({row['low']:.0%} .. {row['high']:.0%})[/]"
+            text = f"{row['value']:.0%} [dim]({row['low'] * 100:.0f}-{row['high']:.0%})[/]"
             if good_when_high is None:
                 return text
             goodness = row["value"] if good_when_high else 1 - row["value"]
