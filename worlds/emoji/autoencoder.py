@@ -1,8 +1,7 @@
 """Stage 1: the autoencoder, 64 x 64 x 3 to 8 x 8 x 4.
 
-L1 and L2 on pixels, L2 on pixel differences (L1 there makes the flat grey picture a trap), noise on
-the latents so that the decoder forgives the denoiser's small errors, a weak pull of the latents to
-unit variance.
+L1 and L2 on pixels, L2 on pixel differences, noise on the latents so that the decoder forgives the
+denoiser's small errors, a weak pull of the latents to unit variance.
 """
 
 from __future__ import annotations
