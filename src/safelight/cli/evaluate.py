@@ -162,12 +162,12 @@ def print_values(values: list[dict[str, Any]]) -> None:
     """One row per figure, a block per prompt set; the judge is named once if there is only one."""
     from rich.table import Table
 
-    judges = {row.get("judge") for row in values}
+    judges = {row["judge"] for row in values if row.get("judge")}
     judged = ("judge",) if len(judges) > 1 else ()
     grid = Table(title=None if judged else f"judge {judges.pop()}" if judges else None)
     grid.add_column("metric", no_wrap=True)
     for column in ("arm", *judged):
-        grid.add_column(column)
+        grid.add_column(column, no_wrap=True)
     grid.add_column("value", justify="right", no_wrap=True)
     grid.add_column("95 % interval", justify="right", no_wrap=True)
     grid.add_column("n", justify="right")
