@@ -1,25 +1,29 @@
-"""Training takes the idle cores only, and exceptions become one line and a code."""
-
-import os
+"""Training picks its threads, and exceptions become one line and a code."""
 
 import pytest
 import torch
 import typer
 
-from safelight.cli.console import polite, spare_cores
+from safelight.cli import console
+from safelight.cli.console import polite, quick_threads, trial
 from safelight.errors import BadInput, WorkFailed
 
 
-@pytest.mark.parametrize("load, expected", [(0.0, 2), (0.4, 2), (1.2, 1), (9.0, 1)])
-def test_training_takes_idle_cores_only(monkeypatch, load, expected):
+@pytest.mark.parametrize("seconds, expected", [({1: 2.0, 2: 1.0}, 2), ({1: 1.0, 2: 9.0}, 1)])
+def test_training_takes_the_faster_number_of_threads(monkeypatch, seconds, expected):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(console, "trial", seconds.__getitem__)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    with spare_cores():
+    with quick_threads():
         assert torch.get_num_threads() == expected
     assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
+def test_a_trial_takes_a_moment():
+    before = torch.get_num_threads()
+    assert 0 < trial(1) < 5
     torch.set_num_threads(before)
 
 

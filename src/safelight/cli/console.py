@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,22 +89,34 @@ def polite(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def spare_cores() -> Iterator[None]:
-    """Train on as many threads as there are idle cores, at least one.
+def quick_threads() -> Iterator[None]:
+    """Train on one thread where that is faster than all of them, as a short trial says.
 
-    Threads that share a core wait for each other at every operation: measured on two busy cores,
-    two threads took nine times as long as one. `OMP_NUM_THREADS` overrules this.
+    Threads that share a core wait for each other at every operation: on two busy cores, two threads
+    took nine times as long as one. `OMP_NUM_THREADS` overrules this.
     """
     import torch
 
     before = torch.get_num_threads()
-    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "getloadavg"):
-        idle = round((os.cpu_count() or 1) - os.getloadavg()[0])
-        torch.set_num_threads(max(1, min(before, idle)))
+    if before > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min((before, 1), key=trial))
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def trial(threads: int) -> float:
+    """Seconds for a fixed piece of work, like a layer of a small text encoder, on some threads."""
+    import torch
+
+    torch.set_num_threads(threads)
+    x, w = torch.ones(2048, 256), torch.ones(256, 1024)
+    torch.relu(x @ w)
+    began = time.perf_counter()
+    for _ in range(30):
+        torch.relu(x @ w)
+    return time.perf_counter() - began
 
 
 @contextmanager
@@ -116,7 +129,7 @@ def working(what: str) -> Iterator[None]:
 @contextmanager
 def training_bar(title: str) -> Iterator[Callable[[Tick], None]]:
     """A progress bar for a training run, with its un-weighted loss terms."""
-    with spare_cores(), _bar("{task.fields[terms]}") as bar:
+    with quick_threads(), _bar("{task.fields[terms]}") as bar:
         task = bar.add_task(title, total=None, terms="")
 
         def watch(tick: Tick) -> None:
