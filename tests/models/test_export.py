@@ -9,7 +9,7 @@ from safetensors import safe_open
 from test_patch import low_rank, moved, text_names
 
 from safelight.errors import BadInput, WorkFailed
-from safelight.models.export import export, prefixed
+from safelight.models.export import export, export_lora, prefixed
 from safelight.models.load import load
 from safelight.models.patch import export as export_from_patch
 from safelight.models.tiny import tiny
@@ -124,3 +124,39 @@ def test_a_patch_for_another_model_is_refused_before_anything_is_written(tiny_sd
     with pytest.raises(BadInput, match="2 scales for 1"):
         export(tiny_sd1, [patch], tmp_path / "out", scales=[1.0, 2.0])
     assert not list(tmp_path.iterdir())
+
+
+def lora_names(model):
+    """Attention weights whose LoRA diffusers loads: of the denoiser and the CLIP encoders."""
+    ends = ("attn1.to_q.weight", "attn.to_q.weight", "q_proj.weight")
+    return [n for n in model.parameters() if n.endswith(ends) and not n.startswith("t5")]
+
+
+def test_diffusers_loads_low_rank_patches_as_a_lora_file(
+    tiny_model, tmp_path, painted, painted_upstream
+):
+    names = lora_names(tiny_model)
+    first, second = low_rank(tiny_model, names), low_rank(tiny_model, names[:2], rank=1, seed=1)
+    file = export_lora(tiny_model, [first, second], tmp_path / "l.safetensors", scales=[1.0, 0.5])
+    with tiny_model.patched(first), tiny_model.patched(second, 0.5):
+        ours = painted(tiny_model, 3.0)
+
+    export(tiny_model, [], tmp_path / "plain")
+    pipe = getattr(diffusers, tiny_model.pipeline).from_pretrained(tmp_path / "plain")
+    pipe.load_lora_weights(file.parent, weight_name=file.name)
+    theirs = painted_upstream(tiny_model, 3.0, pipe=pipe)
+    assert (ours - theirs).abs().max() <= 1e-4
+    assert (ours - painted(tiny_model, 3.0)).abs().max() > 1e-3
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_lora_file_takes_low_rank_patches_only(tmp_path):
+    model = tiny("sd1")
+    file = tmp_path / "l.safetensors"
+    with pytest.raises(BadInput, match="scope=lora"):
+        export_lora(model, [moved(model, text_names(model))], file)
+    with pytest.raises(BadInput, match="empty"):
+        export_lora(model, [], file)
+    with pytest.raises(BadInput, match="safetensors"):
+        export_lora(model, [low_rank(model, lora_names(model))], tmp_path / "l.bin")
+    assert list(tmp_path.iterdir()) == []

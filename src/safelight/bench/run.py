@@ -6,7 +6,8 @@ is what a kill can lose: both arms of it are painted, judged and appended togeth
 a row missing is done again whole, so that it comes out as it would have the first time. Judges see
 the picture as it is stored (8 bits), so that stored pictures can be judged again to the same score.
 
-While the denoiser works on the next batch, a second thread judges and writes the last one.
+While an accelerator works on the next batch, a second thread judges and writes the last one; on a
+CPU, where the denoiser keeps all cores busy, two teams of threads would only wait for each other.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -331,7 +332,7 @@ def _work(task: _Task, show: Progress) -> dict[str, Any]:
     done = 0
     pending: deque[tuple[Future, int]] = deque()
     show(done, total)
-    with ThreadPoolExecutor(1) as second:
+    with _Here() if task.model.device.type == "cpu" else ThreadPoolExecutor(1) as second:
         for chunk in chunks:
             ready: dict[str, Any] = {}
             for batch in chunk:
@@ -355,6 +356,15 @@ def _work(task: _Task, show: Progress) -> dict[str, Any]:
     return _cost(task, time.perf_counter() - began)
 
 
+class _Here(Executor):
+    """Does at once, in this thread, what it is given."""
+
+    def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
+        done: Future = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
 def _finished(pending: deque[tuple[Future, int]]) -> int:
     future, size = pending.popleft()
     future.result()
@@ -376,7 +386,7 @@ def _todo(batch: _Batch, arms: Sequence[_Arm], on_disk: Mapping[Key, Record]) ->
 def _finish(
     task: _Task, batch: _Batch, painted: Mapping[str, _Pictures], on_disk: Mapping[Key, Record]
 ) -> None:
-    """Judge the arms of a batch and write their rows; runs in the second thread."""
+    """Judge the arms of a batch and write their rows; runs in the second thread if there is one."""
     lines: list[Record] = []
     before: _Seen = {}
     if BASE not in painted:

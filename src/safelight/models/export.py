@@ -14,12 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safelight.errors import BadInput
+from safelight.errors import BadInput, Unsupported
 from safelight.models.base import TextToImage
-from safelight.models.folder import replaced
+from safelight.models.folder import replaced, replaced_file
 from safelight.models.load import quiet, tokenizer_part
 from safelight.models.patch import Patch, worn
 from safelight.models.weights import plain
@@ -130,3 +131,63 @@ def _reword(file: Path) -> None:
 def _is_export(path: Path) -> bool:
     file = path / "safelight.json"
     return file.is_file() and '"patches"' in file.read_text(encoding="utf-8")
+
+
+def export_lora(
+    model: TextToImage,
+    patches: Sequence[Patch],
+    path: str | Path,
+    *,
+    scales: Sequence[float] | None = None,
+) -> Path:
+    """Write low-rank patches as one LoRA file that `pipeline.load_lora_weights` of diffusers opens.
+
+    Several patches are stacked, which is their exact sum; scale and alpha are in the factors.
+
+    Args:
+        model: The model the patches were made for.
+        patches: Low-rank throughout.
+        path: A `.safetensors` file; an existing one is replaced.
+        scales: One per patch; all 1 if None.
+
+    Raises:
+        BadInput: A patch has whole tensors or was made for other weights.
+        Unsupported: It changes a module whose LoRA diffusers does not load.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise BadInput(f"a LoRA file ends in .safetensors; {path.name} does not.")
+    scales = list(scales or [1.0] * len(patches))
+    stacks: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for patch, scale in zip(patches, scales, strict=True):
+        patch.check(model)
+        if patch.full:
+            raise BadInput(
+                f"the {patch.method} patch changes whole tensors; only low-rank ones fit into a "
+                "LoRA file. Export a folder instead, or train with scope=lora."
+            )
+        for name, (down, up, alpha) in patch.low_rank.items():
+            factors = (down.float(), up.float() * (scale * alpha / down.shape[0]))
+            stacks.setdefault(name, []).append(factors)
+    if not stacks:
+        raise BadInput("there is nothing to write: the patches are empty.")
+    tensors = {}
+    for name, factors in stacks.items():
+        layer = _lora_name(model, name)
+        tensors[f"{layer}.lora_A.weight"] = torch.cat([down for down, _ in factors]).contiguous()
+        tensors[f"{layer}.lora_B.weight"] = torch.cat([up for _, up in factors], 1).contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    return path
+
+
+def _lora_name(model: TextToImage, parameter: str) -> str:
+    """Where diffusers looks for the LoRA factors of one of our parameters."""
+    module, _, rest = parameter.partition(".")
+    layer = rest.removesuffix(".weight")
+    if module == "denoiser":
+        return f"{model.parts['denoiser']}.{layer}"
+    if module in ("clip_l", "clip_g") and layer != rest:
+        return f"{model.parts[module]}.text_model.{layer}"
+    raise Unsupported(f"diffusers loads no LoRA for {module}; export a folder instead.")

@@ -1,4 +1,4 @@
-"""Writing a folder whole or not at all."""
+"""Writing a folder or a file whole or not at all."""
 
 from __future__ import annotations
 
@@ -44,3 +44,16 @@ def replaced(path: Path) -> Iterator[Path]:
     finally:
         if fresh is not None and fresh.exists():
             shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """A new file to fill, in the manner of `replaced`.
+
+    Raises:
+        WorkFailed: The disk is full, or the place cannot be written.
+    """
+    with replaced(path.parent / f".{path.name}.folder") as folder:
+        yield folder / path.name
+        os.replace(folder / path.name, path)
+    shutil.rmtree(path.parent / f".{path.name}.folder", ignore_errors=True)
