@@ -172,10 +172,10 @@ def export_lora(
     if not stacks:
         raise BadInput("there is nothing to write: the patches are empty.")
     tensors = {}
-    for name, factors in stacks.items():
+    for name, stack in stacks.items():
         layer = _lora_name(model, name)
-        tensors[f"{layer}.lora_A.weight"] = torch.cat([down for down, _ in factors]).contiguous()
-        tensors[f"{layer}.lora_B.weight"] = torch.cat([up for _, up in factors], 1).contiguous()
+        tensors[f"{layer}.lora_A.weight"] = torch.cat([down for down, _ in stack]).contiguous()
+        tensors[f"{layer}.lora_B.weight"] = torch.cat([up for _, up in stack], 1).contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
