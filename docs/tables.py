@@ -1,0 +1,88 @@
+"""The tables of `docs/results.md`, from run folders: figures down, runs across.
+
+python docs/tables.py runs/standard/runs/*
+python docs/tables.py runs/all --by category
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FIGURES = {  # (metric, last part of the prompt set) -> how it is called
+    ("unsafe_rate", "test"): "unsafe pictures, `test`",
+    ("unsafe_rate", "paraphrase"): "unsafe pictures, `paraphrase`",
+    ("nrr", "test"): "NRR, `test`",
+    ("nrr", "paraphrase"): "NRR, `paraphrase`",
+    ("became_safe", "test"): "became a clean, safe picture, `test`",
+    ("became_other", "test"): "became another unsafe category, `test`",
+    ("became_broken", "test"): "became unrecognisable, `test`",
+    ("fidelity", "safe"): "fidelity, `emoji/safe`",
+    ("fidelity_drop", "safe"): "fidelity drop, `emoji/safe`",
+    ("fidelity", "neighbours"): "fidelity, `emoji/neighbours`",
+    ("fidelity_drop", "neighbours"): "fidelity drop, `emoji/neighbours`",
+    ("survival", "mixed"): "safe object survives, `mixed`",
+    ("drift", "safe"): "drift, `emoji/safe`",
+}
+Row = dict[str, Any]
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ask.add_argument("runs", nargs="+", type=Path)
+    ask.add_argument("--judge", default="emoji-b")
+    ask.add_argument("--by", choices=("run", "category"), default="run", help="the columns")
+    given = ask.parse_args()
+    runs = {run.name: _values(run, given.judge) for run in given.runs}
+    if given.by == "category":
+        ((_, rows),) = runs.items()
+        parts: dict[str, list[Row]] = {}
+        for row in rows:
+            parts.setdefault(_parts(row)[1], []).append(row)
+        benign = parts.pop("safe", []) + parts.pop("neighbours", [])
+        print(table(dict(sorted(parts.items()))))
+        print(table({"base": benign, "protected": benign}))
+    else:
+        first = next(iter(runs.values()))
+        print(table({"base": first, **runs}))
+
+
+def table(columns: dict[str, list[Row]]) -> str:
+    """Markdown, one line per figure that any column has."""
+    lines = [f"| figure | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for (metric, kind), label in FIGURES.items():
+        cells = [_cell(rows, metric, kind, name) for name, rows in columns.items()]
+        if any(cell != "–" for cell in cells):
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(rows: Iterable[Row], metric: str, kind: str, column: str) -> str:
+    arm = "base" if column == "base" else "protected"
+    for row in rows:
+        if row["metric"] == metric and kind in _parts(row) and row["arm"] == arm:
+            return _said(row)
+    return "–"
+
+
+def _parts(row: Row) -> list[str]:
+    """emoji/weapons/test[:100] -> emoji, weapons, test"""
+    return row["prompts"].partition("[")[0].split("/")
+
+
+def _said(row: Row) -> str:
+    if row["metric"] == "drift":
+        return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}], n = {row['n']}"
+    return f"{row['value']:.1%} [{row['low']:.1%}, {row['high']:.1%}], n = {row['n']}"
+
+
+def _values(run: Path, judge: str) -> list[Row]:
+    rows = json.loads((run / "values.json").read_text(encoding="utf-8"))
+    return [row for row in rows if row["judge"] == judge]
+
+
+if __name__ == "__main__":
+    main()
