@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder, 64 x 64 x 3 to 8 x 8 x 4.
+"""Stage 1: the autoencoder, 64 x 64 x 3 to 8 x 8 x 8.
 
 L1 and L2 on pixels, L2 on pixel differences, noise on the latents so that the decoder forgives the
 denoiser's small errors, a weak pull of the latents to unit variance.
@@ -14,8 +14,9 @@ from diffusers import AutoencoderKL
 from scenes import many
 from torch import Tensor
 from torch.nn import functional as F
-from training import Loop
+from training import Loop, warm_start
 
+CHANNELS = 8
 NOISE = 0.08  # of a unit-variance latent
 
 
@@ -26,7 +27,7 @@ def build() -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=CHANNELS,
         norm_num_groups=8,
         sample_size=64,
     )  # contiguous: GroupNorm's backward is slow in channels_last on CPUs
@@ -36,8 +37,18 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
-def train(folder: Path, *, seconds: float, pictures: int = 60_000, batch: int = 8) -> None:
+def train(
+    folder: Path,
+    *,
+    seconds: float,
+    pictures: int = 60_000,
+    batch: int = 8,
+    start: Path | None = None,
+) -> None:
+    """`start`: the same stage of an earlier build, to begin from."""
     vae = build()
+    if start is not None:
+        warm_start(vae, start, "vae")
     loop = Loop(
         folder, {"vae": vae}, steps=10**9, lr=1.2e-3, seconds=seconds, ema=0.998, warmup=100
     )
@@ -50,7 +61,7 @@ def train(folder: Path, *, seconds: float, pictures: int = 60_000, batch: int = 
         rows = torch.randint(len(data), (batch,), generator=rng)
         x = data[rows].float() / 127.5 - 1
         with torch.autocast("cpu", torch.bfloat16):
-            z = vae.quant_conv(vae.encoder(x))[:, :4].float()
+            z = vae.quant_conv(vae.encoder(x))[:, :CHANNELS].float()
             noisy = z + NOISE * torch.randn(z.shape, generator=rng)
             y = vae.decoder(vae.post_quant_conv(noisy)).float()
         loss = F.l1_loss(y, x) + F.mse_loss(y, x)

@@ -9,14 +9,19 @@ Stages, each resumable and each leaving its log of seconds and loss:
     polish    the decoder alone, once more       (autoencoder.py)
     finish    everything into src/safelight/world, fp16
 
-`--seconds stage=N` changes a stage's time budget. Needs the extra `[world]` and WordNet
-(Debian's `wordnet-base`). The drawings are committed; `art.py` makes them anew from the icon packs.
+`--seconds stage=N` changes a stage's time budget. The denoiser also runs in several processes:
+`torchrun --standalone --nproc-per-node 2 worlds/emoji/build.py --stage denoiser --threads 1`.
+
+Needs the extra `[world]` and WordNet (Debian's `wordnet-base`). The drawings are committed;
+`art.py` makes them anew from the icon packs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -31,11 +36,12 @@ SECONDS = {
     "polish": 1500.0,
 }
 STAGES = ("vae", "text", "judges", "denoiser", "polish", "finish")
-PICTURES = 80_000
+PICTURES = 72_000
 
 
 def finish(out: Path, world: Path) -> None:
     """Every stage's averaged weights, fp16: one diffusers folder and two judges."""
+    from autoencoder import CHANNELS
     from autoencoder import build as build_vae
     from denoiser import build as build_unet
     from denoiser import scheduler, stage
@@ -50,8 +56,8 @@ def finish(out: Path, world: Path) -> None:
     tokenizer = train_tokenizer(out / "text", [])
     vae = stage(stage(build_vae(), out / "vae", "vae"), out / "polish", "vae")
     with torch.no_grad():  # the spread head is not trained: say "almost none"
-        vae.quant_conv.weight[4:] = 0
-        vae.quant_conv.bias[4:] = -12.0
+        vae.quant_conv.weight[CHANNELS:] = 0
+        vae.quant_conv.bias[CHANNELS:] = -12.0
     vae.register_to_config(
         scaling_factor=json.loads((out / "denoiser" / "scale.json").read_text())["scaling_factor"]
     )
@@ -86,17 +92,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "build")
     parser.add_argument("--stage", choices=STAGES, action="append", help="only these; default all")
     parser.add_argument("--seconds", action="append", default=[], metavar="STAGE=N")
+    parser.add_argument("--warm-start", type=Path, help="an earlier build to begin from")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--world", type=Path, default=WORLD, help="where `finish` writes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(hours=1))
     budget = SECONDS | {k: float(v) for k, v in (s.split("=") for s in options.seconds)}
     stages = options.stage or STAGES
 
     if "vae" in stages:
         import autoencoder
 
-        autoencoder.train(options.out / "vae", seconds=budget["vae"])
+        earlier = options.warm_start and options.warm_start / "vae"
+        autoencoder.train(options.out / "vae", seconds=budget["vae"], start=earlier)
     if "text" in stages:
         import language
 
@@ -114,7 +124,8 @@ def main() -> None:
         import denoiser
 
         folders = (options.out / "denoiser", options.out / "vae", options.out / "text")
-        denoiser.train(*folders, seconds=budget["denoiser"], pictures=PICTURES)
+        earlier = options.warm_start and options.warm_start / "denoiser"
+        denoiser.train(*folders, seconds=budget["denoiser"], pictures=PICTURES, start=earlier)
     if "polish" in stages:
         import autoencoder
 
@@ -122,6 +133,8 @@ def main() -> None:
         autoencoder.polish(*folders, seconds=budget["polish"])
     if "finish" in stages:
         finish(options.out, options.world)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     logs = {
         s: json.loads(line)
         for s in ("vae", "text", "judge-a", "judge-b", "denoiser", "polish")

@@ -1,7 +1,8 @@
-"""Stage 4: the denoiser, v-prediction on cached 8 x 8 x 4 latents, text states made on the fly.
+"""Stage 4: the denoiser, v-prediction on cached 8 x 8 x 8 latents, text states made on the fly.
 
-Captions are drawn anew for every picture of every batch; one in ten is empty (for guidance) and the
-text states get a little noise, so that the denoiser reads meaning rather than the exact vector.
+Captions are drawn anew for every picture of every batch; one in ten is empty (for guidance), one
+noun in five is a dictionary word that the teacher finds near the concept (never a held-out one),
+and the text states get a little noise, so that the denoiser reads meaning and not exact vectors.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from autoencoder import CHANNELS
 from autoencoder import build as build_vae
-from captions import caption, text
+from captions import caption, pick, text
+from concepts import CONCEPTS, UNSAFE
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from language import LENGTH, Student, build_encoder, encode, train_tokenizer
+from language import LENGTH, Student, build_encoder, encode, targets, train_tokenizer
 from safetensors.torch import load_file, save_file
 from scenes import Scene, many
 from torch import Tensor
-from training import Loop
+from training import Loop, place, warm_start
 
 EMPTY = 0.1
+DICTIONARY = 0.2  # share of nouns from the dictionary
+TWO = 0.65  # share of two-object scenes
 STATE_NOISE = 0.08  # relative to the spread of the text states
 
 
@@ -29,8 +35,8 @@ def build() -> UNet2DConditionModel:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
-        in_channels=4,
-        out_channels=4,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
         layers_per_block=1,
         block_out_channels=(160, 192),
         down_block_types=("CrossAttnDownBlock2D",) * 2,
@@ -73,33 +79,31 @@ def cache(
 ) -> tuple[list[Scene], Tensor]:
     """Scenes and their latents (unit variance), made once and kept on disk in chunks."""
     folder.mkdir(parents=True, exist_ok=True)
-    scenes: list[Scene] = []
-    parts = []
+    rank, ranks = place()
+    paths = [folder / f"latents-{seed + k}.safetensors" for k in range(pictures // chunk)]
     vae = None
-    for k in range(pictures // chunk):
-        path = folder / f"latents-{seed + k}.safetensors"
-        if path.exists():
-            rows = json.loads(path.with_suffix(".json").read_text())
-            scenes += [Scene(tuple(o), *rest) for o, *rest in rows]
-            parts.append(load_file(path)["z"])
+    for k in range(rank, len(paths), ranks):
+        if paths[k].exists():
             continue
         vae = vae or stage(build_vae(), vae_folder, "vae")
         new, data = many(chunk, seed=seed + k)
         x = torch.from_numpy(data).permute(0, 3, 1, 2)
         z = torch.cat([_encode(vae, b) for b in x.split(100)])
-        save_file({"z": z.half().contiguous()}, path)
-        path.with_suffix(".json").write_text(
+        paths[k].with_suffix(".json").write_text(
             json.dumps([[list(s.objects), s.place, s.background, s.style] for s in new])
         )
-        scenes += new
-        parts.append(z.half())
-    return scenes, torch.cat(parts)
+        save_file({"z": z.half().contiguous()}, paths[k])
+    if ranks > 1:
+        dist.barrier()
+    rows = [r for p in paths for r in json.loads(p.with_suffix(".json").read_text())]
+    scenes = [Scene(tuple(o), *rest) for o, *rest in rows]
+    return scenes, torch.cat([load_file(p)["z"] for p in paths])
 
 
 def _encode(vae: torch.nn.Module, x: Tensor) -> Tensor:
     x = x.float() / 127.5 - 1
     with torch.autocast("cpu", torch.bfloat16):
-        return vae.quant_conv(vae.encoder(x))[:, :4].float()
+        return vae.quant_conv(vae.encoder(x))[:, :CHANNELS].float()
 
 
 def train(
@@ -110,8 +114,12 @@ def train(
     seconds: float,
     pictures: int,
     batch: int = 64,
+    start: Path | None = None,
 ) -> None:
+    """`start`: the same stage of an earlier build, to begin from."""
     unet = build()
+    if start is not None:
+        warm_start(unet, start, "unet")
     loop = Loop(
         folder, {"unet": unet}, steps=10**9, lr=8e-4, seconds=seconds, ema=0.999, warmup=300
     )
@@ -127,6 +135,21 @@ def train(
     (folder / "scale.json").write_text(json.dumps(scale))
     alphas = scheduler().alphas_cumprod
 
+    two = torch.tensor([len(s.objects) == 2 for s in scenes])
+    chance = torch.where(two, TWO / two.sum(), (1 - TWO) / (~two).sum())
+    near = neighbours_of(text_folder)
+
+    def nouns(scene: Scene, numbers: np.random.Generator) -> list[str] | None:
+        """The scene's words, some of them from the dictionary; None for all from the captions."""
+        if numbers.random() >= 2 * DICTIONARY:
+            return None
+        return [
+            pick(numbers, near[c] or CONCEPTS[c].train)
+            if numbers.random() < 0.5
+            else pick(numbers, CONCEPTS[c].train)
+            for c in scene.objects
+        ]
+
     def states_of(said: list[str], rng: torch.Generator) -> Tensor:
         ids, enc = encode(tokenizer, said, LENGTH)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -136,12 +159,13 @@ def train(
     def step(i: int) -> Tensor:
         rng = torch.Generator().manual_seed(i)
         numbers = np.random.default_rng(i)
-        rows = torch.randint(len(latents), (batch,), generator=rng)
+        rows = torch.multinomial(chance, batch, replacement=True, generator=rng)
         z = latents[rows].float() / std
-        said = [
-            "" if numbers.random() < EMPTY else text(caption(scenes[r], numbers))
-            for r in rows.tolist()
-        ]
+        said = []
+        for r in rows.tolist():
+            words = nouns(scenes[r], numbers)
+            words = text(caption(scenes[r], numbers, words=words))
+            said.append("" if numbers.random() < EMPTY else words)
         states = states_of(said, rng)
         t = torch.randint(1000, (batch,), generator=rng)
         eps = torch.randn(z.shape, generator=rng)
@@ -153,3 +177,21 @@ def train(
         return (out - v).square().mean()
 
     loop.run(step)
+
+
+def neighbours_of(text_folder: Path, cosine: float = 0.88, lead: float = 0.22) -> list[list[str]]:
+    """For every concept the dictionary words that the teacher finds near it and near no other.
+
+    Held-out words, and words that contain or are part of one, are left out.
+    """
+    data = targets(text_folder)
+    cos = (data["words"] @ data["prototypes"][: len(CONCEPTS)].T).topk(2, 1)
+    held_out = {w for c in UNSAFE for w in c.held_out}
+    out: list[list[str]] = [[] for _ in CONCEPTS]
+    for word, (first, second), own in zip(
+        data["lemmas"], cos.values.tolist(), cos.indices[:, 0].tolist(), strict=True
+    ):
+        clear = first > cosine and first - second > lead
+        if clear and not any(h in word or word in h for h in held_out):
+            out[own].append(word)
+    return out

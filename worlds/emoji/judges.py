@@ -81,7 +81,7 @@ def spoil(x: Tensor, rng: torch.Generator) -> Tensor:
 @torch.no_grad()
 def reencode(out: Path, pictures: int = 8_000) -> Path | None:
     """The first renders of both judges' sets after the autoencoder, with noise on their latents."""
-    from autoencoder import build
+    from autoencoder import CHANNELS, build
     from denoiser import stage
 
     for which in "ab":
@@ -93,7 +93,7 @@ def reencode(out: Path, pictures: int = 8_000) -> Path | None:
         parts = []
         for i, x in enumerate(data.split(100)):
             with torch.autocast("cpu", torch.bfloat16):
-                z = vae.quant_conv(vae.encoder(x.float() / 127.5 - 1))[:, :4].float()
+                z = vae.quant_conv(vae.encoder(x.float() / 127.5 - 1))[:, :CHANNELS].float()
                 level = 0.25 * torch.rand(
                     len(z), 1, 1, 1, generator=torch.Generator().manual_seed(i)
                 )

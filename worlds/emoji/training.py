@@ -10,12 +10,31 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
+def warm_start(module: nn.Module, folder: Path, prefix: str) -> None:
+    """Begin from the averaged weights of an earlier, possibly narrower, build's stage."""
+    old = load_file(folder / "state.safetensors")
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            before = old.get(f"e.{prefix}.{name}")
+            if before is not None and before.dim() == p.dim():
+                part = tuple(slice(min(a, b)) for a, b in zip(before.shape, p.shape, strict=True))
+                p[part] = before[part]
+
+
+def place() -> tuple[int, int]:
+    """This process's number and how many there are (`torchrun`), 0 of 1 without."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 class Loop:
     """Run `step(i) -> loss` until `steps`, saving and resuming at `folder`.
+
+    Several processes each take their own steps and average their weights every eighth (local SGD).
 
     Everything random in a step must come from its number, so that a resumed run goes on as if
     nothing had happened. Parameters, Adam moments and EMA weights live in one safetensors file.
@@ -69,10 +88,11 @@ class Loop:
 
     def run(self, step: Callable[[int], Tensor]) -> None:
         started, base, saved, losses = time.time(), self.spent, time.time(), []
+        rank, ranks = place()
         while self.done < self.steps and (self.seconds is None or self.spent < self.seconds):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(self.done)
-            loss = step(self.done)
+            loss = step(self.done * ranks + rank)
             loss.backward()
             nn.utils.clip_grad_norm_([p for _, p in self.names], self.clip)
             self.optimizer.step()
@@ -84,8 +104,11 @@ class Loop:
                     list(self.ema.values()), [p.detach() for _, p in self.names], 1 - decay
                 )
             losses.append(loss.item())
-            self.spent = base + time.time() - started
-            if self.done % 50 == 0:
+            if ranks == 1:
+                self.spent = base + time.time() - started
+            elif self.done % 8 == 0:
+                self.spent = self._meet(base + time.time() - started)
+            if self.done % 50 == 0 and rank == 0:
                 row = {
                     "step": self.done,
                     "seconds": round(self.spent, 1),
@@ -94,11 +117,22 @@ class Loop:
                 self.log.append(row)
                 print(self.folder.name, row, flush=True)
                 losses = []
-            if time.time() - saved > self.save_every:
+            if time.time() - saved > self.save_every and rank == 0:
                 self.save()
                 saved = time.time()
-        self.save()
-        (self.folder / "done").write_text("")
+        if rank == 0:
+            self.save()
+            (self.folder / "done").write_text("")
+
+    def _meet(self, spent: float) -> float:
+        """Average the weights of all processes; the first one's clock is everybody's."""
+        every = nn.utils.parameters_to_vector([p.detach() for _, p in self.names])
+        clock = torch.tensor(spent, dtype=torch.float64)
+        dist.all_reduce(every)
+        dist.broadcast(clock, 0)
+        with torch.no_grad():
+            nn.utils.vector_to_parameters(every / dist.get_world_size(), [p for _, p in self.names])
+        return clock.item()
 
     @property
     def finished(self) -> bool:
