@@ -6,7 +6,7 @@ Stages, each resumable and each leaving its log of seconds and loss:
     text      tokenizer and text encoder         (language.py)
     judges    two judges                         (judges.py)
     denoiser  the U-Net, after `vae` and `text`  (denoiser.py)
-    polish    the decoder alone, once more       (autoencoder.py)
+    polish    the decoder alone, once more; only where asked for (autoencoder.py)
     finish    everything into src/safelight/world, fp16
 
 `--seconds stage=N` changes a stage's time budget. The denoiser also runs in several processes:
@@ -35,7 +35,7 @@ SECONDS = {
     "denoiser": 3900.0,
     "polish": 1500.0,
 }
-STAGES = ("vae", "text", "judges", "denoiser", "polish", "finish")
+STAGES = ("vae", "text", "judges", "denoiser", "finish")
 PICTURES = 72_000
 
 
@@ -54,7 +54,9 @@ def finish(out: Path, world: Path) -> None:
     from safelight.models.load import load
 
     tokenizer = train_tokenizer(out / "text", [])
-    vae = stage(stage(build_vae(), out / "vae", "vae"), out / "polish", "vae")
+    vae = stage(build_vae(), out / "vae", "vae")
+    if (out / "polish").exists():
+        vae = stage(vae, out / "polish", "vae")
     with torch.no_grad():  # the spread head is not trained: say "almost none"
         vae.quant_conv.weight[CHANNELS:] = 0
         vae.quant_conv.bias[CHANNELS:] = -12.0
@@ -90,7 +92,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "build")
-    parser.add_argument("--stage", choices=STAGES, action="append", help="only these; default all")
+    stages = (*STAGES, "polish")
+    parser.add_argument("--stage", choices=stages, action="append", help="only these; default all")
     parser.add_argument("--seconds", action="append", default=[], metavar="STAGE=N")
     parser.add_argument("--warm-start", type=Path, help="an earlier build to begin from")
     parser.add_argument("--threads", type=int, default=2)

@@ -27,7 +27,8 @@ from training import Loop, place, warm_start
 
 EMPTY = 0.1
 DICTIONARY = 0.2  # share of nouns from the dictionary
-TWO = 0.65  # share of two-object scenes
+TWO = 0.72  # share of two-object scenes
+SAY = (0.75, 0.65)  # share of captions that name the background, the style
 STATE_NOISE = 0.08  # relative to the spread of the text states
 
 
@@ -163,8 +164,8 @@ def train(
         z = latents[rows].float() / std
         said = []
         for r in rows.tolist():
-            words = nouns(scenes[r], numbers)
-            words = text(caption(scenes[r], numbers, words=words))
+            say = (numbers.random() < SAY[0], numbers.random() < SAY[1])
+            words = text(caption(scenes[r], numbers, words=nouns(scenes[r], numbers), say=say))
             said.append("" if numbers.random() < EMPTY else words)
         states = states_of(said, rng)
         t = torch.randint(1000, (batch,), generator=rng)
