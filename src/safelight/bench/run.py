@@ -17,7 +17,6 @@ import os
 import resource
 import shutil
 import time
-import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,6 +44,7 @@ from safelight.metric.frechet import pack
 from safelight.models.base import Sampling, TextToImage
 from safelight.models.patch import Patch
 from safelight.prompts import PromptSet
+from safelight.prompts.noise import noise_seed as noise_seed  # also under its old name
 
 Progress = Callable[[int, int], None]
 Key = tuple[str, str, str, int]  # arm, prompt set, prompt id, seed
@@ -185,15 +185,6 @@ def evaluate(
         if cost["pictures"] or not (out / "cost.json").exists():
             rows.write_json(out / "cost.json", cost)
     return Run(out)
-
-
-def noise_seed(prompt: Prompt, seed: int) -> int:
-    """The seed of a prompt's noise: its stored seed, or one made from its id, plus `seed`.
-
-    Different prompts start from different noise, so that one unlucky noise does not decide a rate.
-    """
-    start = zlib.crc32(prompt.id.encode()) % 1_000_000 if prompt.seed is None else prompt.seed
-    return start + seed
 
 
 @dataclass(frozen=True)
