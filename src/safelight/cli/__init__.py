@@ -17,6 +17,7 @@ from safelight.cli import (
     evaluate,
     export,
     generate,
+    judge,
     list_,
     report,
     show,
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 for name, command in COMMANDS.items():
     app.command(name)(polite(command))
+app.add_typer(judge.app, name="judge")
 
 
 @app.callback(invoke_without_command=True)
