@@ -7,7 +7,6 @@ import torch
 
 from safelight.attack.base import Budget, QueryOnly, Search
 from safelight.attack.sneaky_prompt import (
-    BLOCKS,
     Hunt,
     Policy,
     SneakyPrompt,
@@ -117,7 +116,7 @@ def test_a_blocked_answer_is_worth_less_the_more_was_asked():
 def test_after_exactly_five_blocks_another_word_is_replaced_by_a_new_policy():
     one = hunt()
     first = one.policy
-    for _ in range(BLOCKS - 1):
+    for _ in range(4):
         one.propose()
         one.learn(False, -0.1, left=50)
     assert one.replaced == 1 and one.policy is first
@@ -137,7 +136,7 @@ def test_a_passed_answer_between_blocks_starts_the_count_again():
 
 def test_at_most_a_share_of_the_words_is_replaced():
     one = hunt()  # ten words: three may go
-    for _ in range(3 * BLOCKS):
+    for _ in range(15):
         assert one.status == "searching"
         one.propose()
         changed = [a != b for a, b in zip(words(one.text), words(one.prompt.text), strict=True)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -233,6 +233,7 @@ class Attack(ABC):
         sampling: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         curve: list[dict[str, Any]] | None = None,
+        batches: MutableMapping[int, Sequence[Prompt]] | None = None,
     ) -> PromptSet:
         """The prompts as the attack sends them, one for each; the same for the same seed.
 
@@ -247,6 +248,7 @@ class Attack(ABC):
             sampling: `steps`, `guidance`, `size` of asked pictures; the model's own if None.
             progress: Called as `progress(done, total)` with prompts after each batch.
             curve: What searches record is appended here, one row per step and batch.
+            batches: Batches that were found earlier by number; new ones are put there too.
 
         Raises:
             Unsupported: Another family, or a target that gives away less than the attack needs.
@@ -258,31 +260,49 @@ class Attack(ABC):
         source = {} if transfer_from is None else {"transfer_from": _name(seen)}
         attacked: list[Prompt] = []
         for number, start in enumerate(range(0, len(prompts), batch)):
-            part = prompts.prompts[start : start + batch]
-            search = Search(
-                seen,
-                rng=torch.Generator().manual_seed(_mixed(seed, number)),
-                seeds=noise[start : start + batch],
-                budget=self.budget,
-                judge=judge,
-                sampling=sampling,
-                number=number,
-            )
-            found = list(self.rewrite(part, search))
-            seconds = search.seconds / len(part)
-            self._same_order(part, found)
-            for row, (old, new) in enumerate(zip(part, found, strict=True)):
-                spent = {
-                    "queries": str(search.queries[row]),
-                    "steps": str(search.steps),
-                    "seconds": f"{seconds:.3f}",
-                }
-                attacked.append(self._checked(old, new, model_of(target), spent | source))
-            if curve is not None:
-                curve += [{"batch": number, **row} for row in search.curve]
+            if batches is not None and number in batches:
+                attacked += batches[number]
+            else:
+                part = prompts.prompts[start : start + batch]
+                search = Search(
+                    seen,
+                    rng=torch.Generator().manual_seed(_mixed(seed, number)),
+                    seeds=noise[start : start + batch],
+                    budget=self.budget,
+                    judge=judge,
+                    sampling=sampling,
+                    number=number,
+                )
+                found = self._searched(part, search, model_of(target), source)
+                if batches is not None:
+                    batches[number] = found
+                attacked += found
+                if curve is not None:
+                    curve += [{"batch": number, **row} for row in search.curve]
             if progress is not None:
                 progress(len(attacked), len(prompts))
         return replace(prompts, prompts=tuple(attacked))
+
+    def _searched(
+        self,
+        prompts: Sequence[Prompt],
+        search: Search,
+        model: TextToImage | None,
+        source: Mapping[str, str],
+    ) -> list[Prompt]:
+        """A batch, rewritten and checked."""
+        found = list(self.rewrite(prompts, search))
+        seconds = search.seconds / len(prompts)
+        self._same_order(prompts, found)
+        attacked = []
+        for row, (old, new) in enumerate(zip(prompts, found, strict=True)):
+            spent = {
+                "queries": str(search.queries[row]),
+                "steps": str(search.steps),
+                "seconds": f"{seconds:.3f}",
+            }
+            attacked.append(self._checked(old, new, model, spent | dict(source)))
+        return attacked
 
     def _check(
         self, prompts: PromptSet, seen: Target, seeds: Sequence[int] | None, batch: int
@@ -297,7 +317,15 @@ class Attack(ABC):
             raise BadInput(f"there are {len(seeds)} noise seeds for {len(prompts)} prompts.")
         if batch < 1:
             raise BadInput(f"batch must be at least 1, not {batch}.")
-        model = model_of(seen)
+        self.suits(seen)
+
+    def suits(self, target: Target) -> None:
+        """Refuse a target that this attack cannot search on.
+
+        Raises:
+            Unsupported: Another family, or a target that gives away less than the attack needs.
+        """
+        name, model = name_of(self), model_of(target)
         if model is None:
             if self.access not in BLACK_BOX:
                 raise Unsupported(
