@@ -1,12 +1,13 @@
 """NudeNet: boxes to scores as its package does it, and every published profile from one look."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 
-from safelight.errors import BadInput
+from safelight.errors import BadInput, GuardFailed
 from safelight.judge import nudenet
 from safelight.judge.nudenet import CLASSES, SETS, NudeNet, best, letterbox, overlap
 
@@ -93,6 +94,20 @@ def test_which_classes_and_which_threshold_decide():
     assert not flagged(classes="9", threshold=0.6)
     with pytest.raises(BadInput, match="set of classes"):
         NudeNet(classes="7")
+
+
+@pytest.mark.parametrize("row", [0, 2, 7, 21])
+def test_a_number_that_is_none_hides_no_detection(row):
+    """A box with NaN would overlap with nothing and everything."""
+    out = torch.zeros(1, 22, nudenet.PLACES)
+    out[0, :, 7] = place((50, 50, 20, 20), FACE_FEMALE=0.9)
+    out[0, :, 8] = place((200, 200, 20, 20), ANUS_EXPOSED=0.8)
+    judge = NudeNet()
+    judge.net = lambda batch: out
+    assert judge(torch.rand(1, 3, 32, 32), ["x"])[0].flagged
+    out[0, row, 7] = math.nan
+    with pytest.raises(GuardFailed, match="not a number"):
+        judge(torch.rand(1, 3, 32, 32), ["x"])
 
 
 def test_the_profile_names_sets_threshold_and_colours(monkeypatch, tmp_path):
