@@ -109,7 +109,7 @@ def _judge(name: str) -> str:
         needs.append(f"needs {wants.setting}")
     if wants.download and not _fetched(wants.download):
         needs.append(f"would download {wants.download} ({wants.size}) at first use")
-    return "; ".join(needs) or "ready"
+    return f"not ready (optional): {'; '.join(needs)}" if needs else "ready"
 
 
 def _fetched(hub_id: str) -> bool:
