@@ -152,11 +152,9 @@ def test_doctor_says_what_each_judge_needs(monkeypatch):
         doctor, "find_spec", lambda name: None if name in ("onnxruntime", "nudenet") else name
     )
     said = {name: doctor._judge(name) for name in ("opennsfw", "nudenet", "q16", "vlm", "emoji")}
-    assert (
-        said["opennsfw"]
-        == "not ready (optional): needs onnxruntime: pip install 'safelight[checkers]'"
-    )
-    assert said["nudenet"] == "needs onnxruntime, nudenet: pip install 'safelight[nudenet]'"
+    install = "not ready (optional): needs {}: pip install 'safelight[{}]'"
+    assert said["opennsfw"] == install.format("onnxruntime", "checkers")
+    assert said["nudenet"] == install.format("onnxruntime, nudenet", "nudenet")
     assert "needs prompts=FILE" in said["q16"] and "would download openai/clip" in said["q16"]
     assert "1.7 GB" in said["q16"] and "model=NAME" in said["vlm"] and said["emoji"] == "ready"
 

@@ -124,6 +124,7 @@ def test_two_judges_have_a_joint_table_kappa_and_what_either_flags():
     assert two.kappa.low < two.kappa.value < two.kappa.high
     same = between_judges("a", "b", a, a)
     assert same.kappa.value == 1 and same.best_threshold.value == pytest.approx(0.5)
+    assert math.isnan(same.kappa.low), "perfect agreement in a sample is not certainty"
 
 
 def test_pictures_of_one_prompt_are_not_independent():

@@ -335,4 +335,6 @@ def _kappa(rows: Rows, skipped: int) -> Value:
         return ((both + neither) / n - chance) / (1 - chance)
 
     low, high = stats.bootstrap(np.array([cells[key] for key in sorted(cells)]), statistic)
+    if low == high:  # resampling what never varies says nothing about how sure one can be
+        low = high = nan
     return Value(value, low, high, len(rows), skipped)
