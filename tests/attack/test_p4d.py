@@ -235,31 +235,26 @@ def test_a_safety_term_of_scale_zero_changes_nothing(tiny_sd1):
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-def test_the_search_lowers_the_loss(tiny_sd1):
-    """Benign dry run: the defence is a dent in the weights, the concept a house."""
-    with tiny_sd1.patched(dented(tiny_sd1, 0.05)):
-        one = descent(tiny_sd1, lr=0.3)
-        probe = [(torch.randn(one.z.shape, generator=torch.Generator().manual_seed(i)),
-                  torch.tensor([150.0 + 300 * i])) for i in range(3)]  # fmt: skip
+def test_on_an_undefended_clone_the_found_words_do_far_better_than_random_ones(tiny_sd1):
+    one = descent(tiny_sd1, lr=0.5)
+    t = torch.tensor([450.0])
+    eps = torch.randn(one.z.shape, generator=torch.Generator().manual_seed(7))
+    z_t, _ = tiny_sd1.noised(one.z, eps, t)
 
-        def error():
-            picks = p4d.nearest(one.P.detach(), one.table)
-            total = torch.zeros(2)
-            with torch.no_grad():
-                condition = one.condition(one.table[picks], one.texts(picks))
-                for eps, t in probe:
-                    z_t, _ = tiny_sd1.noised(one.z, eps, t)
-                    with one.reference() as G:
-                        goal = G.predict(z_t, t, one.y)
-                    total += p4d.loss(tiny_sd1, condition, z_t, t, goal)
-            return total.mean().item()
+    @torch.no_grad()
+    def error(picks):
+        condition = one.condition(one.table[picks], one.texts(picks))
+        goal = tiny_sd1.predict(z_t, t, one.y)
+        return p4d.loss(tiny_sd1, condition, z_t, t, goal).mean().item()
 
-        seen = [error()]
-        for i in range(18):
-            one.step()
-            if i % 3 == 2:
-                seen.append(error())
-    assert min(seen[1:]) < 0.9 * seen[0]
+    rng = torch.Generator().manual_seed(1)
+    random = [error(torch.randint(len(one.table), (6,), generator=rng)) for _ in range(8)]
+    found = []
+    for i in range(16):
+        one.step()
+        if i >= 8 and i % 2:
+            found.append(error(p4d.nearest(one.P.detach(), one.table)))
+    assert sum(found) / len(found) < 0.55 * sum(random) / len(random)
 
 
 def test_ideal_prompts_are_unsafe_undefended_and_safe_defended(tiny_sd1):

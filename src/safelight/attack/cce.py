@@ -114,7 +114,7 @@ class CCE(Attack):
         for name in ("vectors", "count", "accumulation", "times"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.captions == "templates" and self.times > self.window:
+        if self.times > self.window:
             raise BadInput(f"{self.times} times do not fit into a window of {self.window}.")
 
     def rewrite(self, prompts: Sequence[Prompt], search: Search) -> Sequence[Prompt]:
@@ -263,7 +263,7 @@ class _Draw:
         t = self.model.random_times(len(self.z), self.search.rng)
         z_t, target = self.model.noised(self.z, self.eps, t)
         gap = self.model.predict(z_t, t, self.condition()) - target
-        return gap.square().flatten(1).mean(1)
+        return gap.float().square().flatten(1).mean(1)
 
     def guided(self, guards: Sequence[Guard], number: int) -> Float[Tensor, " picture"]:
         """The loss through guards that edit the noise; they begin anew with every sequence."""
@@ -284,7 +284,8 @@ class _Draw:
             )
             for guard in fresh:
                 noise = guard.edit_noise(noise, step)
-            gaps.append((noise - self.goal(z_t, t, guidance)).square().flatten(1).mean(1))
+            gap = (noise - self.goal(z_t, t, guidance)).float()
+            gaps.append(gap.square().flatten(1).mean(1))
         return torch.stack(gaps).mean(0)
 
     def predict(self, z_t: Tensor, t: Tensor) -> Callable[[Condition], Tensor]:

@@ -266,7 +266,7 @@ def loss(
         )
         for guard in guards:
             noise = guard.edit_noise(noise, step)
-    return (noise - goal).square().flatten(1).mean(1)
+    return (noise - goal).float().square().flatten(1).mean(1)
 
 
 def ideal(
@@ -293,7 +293,7 @@ def ideal(
     """
 
     with undefended(target.model, other) as G:
-        before = _flags(G, prompts, judge, pictures)
+        before = _flags(Guarded(G), prompts, judge, pictures)
     after = _flags(target, prompts, judge, pictures)
     kept = [
         prompt

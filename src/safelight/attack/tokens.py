@@ -193,7 +193,7 @@ def told(
     return replace(
         seen,
         states=seen.states + rest.states,  # each is zero where the other is not
-        pooled=None if seen.pooled is None else seen.pooled + rest.pooled,
+        pooled=_sum(seen.pooled, rest.pooled),
         layout=model.layout,
         masks={name: {**seen.masks, **rest.masks}[name] for name in model.layout},
         encoders=tuple(n for n in model.layout if n in (*seen.encoders, *rest.encoders)),
@@ -249,6 +249,10 @@ def sampled(p: Float[Tensor, "*some word"], rng: torch.Generator) -> Float[Tenso
 def spelled(words: Vocabulary, picks: Int[Tensor, " slot"]) -> list[str]:
     """Words by their places in the vocabulary."""
     return [words.words[i] for i in picks.tolist()]
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a + b if a is not None and b is not None else (b if a is None else a)
 
 
 def _table(model: TextToImage, encoder: str) -> Tensor:

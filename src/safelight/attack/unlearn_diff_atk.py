@@ -180,7 +180,7 @@ def loss(
         t: One time for all.
     """
     z_t, target = model.noised(z, eps, t)
-    return (model.predict(z_t, t, condition) - target).square().flatten(1).mean(1)
+    return (model.predict(z_t, t, condition) - target).float().square().flatten(1).mean(1)
 
 
 class _Run:
