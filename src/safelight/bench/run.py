@@ -125,6 +125,7 @@ def evaluate(
     attack_judge: Judge | None = None,
     attack_seed: int = 0,
     transfer: bool = False,
+    replay: bool = True,
 ) -> Run:
     """Paint, judge and measure; a second call with the same arguments goes on where one stopped.
 
@@ -153,6 +154,7 @@ def evaluate(
         attack_judge: What attacks look at pictures with; never one of `judges`.
         attack_seed: Of the searches.
         transfer: Let attacks search on the untouched model instead of the protected one.
+        replay: Also paint the prompts as they are; False paints only what attacks make of them.
 
     Raises:
         BadInput: Wrong arguments, or `out` or `base` holds a run with other settings.
@@ -163,6 +165,8 @@ def evaluate(
     _check(prompts, judges, seeds, batch)
     assaults = attacked.named(attacks, judge=attack_judge, seed=attack_seed, transfer=transfer)
     attacked.check(assaults, judges)
+    if not replay and not assaults:
+        raise BadInput("without attacks the prompts must be painted as they are.")
     with ExitStack() as on:
         for patch in patches:
             on.enter_context(model.patched(patch))
@@ -177,6 +181,7 @@ def evaluate(
             image_store=image_store,
             out=out,
             assaults=assaults,
+            replay=replay,
         )
         for one in assaults:
             one.attack.suits(task.protected)
@@ -193,6 +198,7 @@ def evaluate(
             arms=task.arms,
             image_store=image_store,
             attacks=[one.about() for one in assaults],
+            replay=replay,
         )
         with _writing(out):
             _begin(out, settings)
@@ -238,6 +244,7 @@ class _Task:
     image_store: bool
     out: Path
     assaults: tuple[attacked.Assault, ...] = ()
+    replay: bool = True
     searched: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     pictures: Counter[str] = field(default_factory=Counter)
@@ -383,11 +390,12 @@ def _work(task: _Task, show: Progress, *, visible: bool = False) -> dict[str, An
     began = time.perf_counter()
     on_disk = {_key(record): record for record in rows.read(task.out)}
     each = len(task.seeds)
-    plain = each * len(task.arms) * sum(map(len, task.prompts))
+    plain = each * len(task.arms) * sum(map(len, task.prompts)) * task.replay
     extra = each * sum(map(len, attacked.asked(task.prompts)))
     watch = _Watch(show, plain + extra * len(task.assaults))
     with ThreadPoolExecutor(1) as second:
-        _paint(task, task.chunks(task.prompts), task.arms, on_disk, second, watch)
+        if task.replay:
+            _paint(task, task.chunks(task.prompts), task.arms, on_disk, second, watch)
         for one in task.assaults:
             with ExitStack() as on:
                 with _writing(task.out):

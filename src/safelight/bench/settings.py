@@ -22,7 +22,7 @@ from safelight.prompts import PromptSet
 # What two calls must agree on for the second to go on where the first stopped.
 SAME = (
     *("format", "model", "protected_hashes", "guards", "judges", "features"),
-    *("prompts", "sampling", "seeds", "batch", "arms", "image_store", "attacks"),
+    *("prompts", "sampling", "seeds", "batch", "arms", "image_store", "attacks", "replay"),
 )
 
 
@@ -122,6 +122,7 @@ def run(
     arms: Sequence[str],
     image_store: bool,
     attacks: Sequence[Mapping[str, Any]] = (),
+    replay: bool = True,
 ) -> dict[str, Any]:
     """The whole of `run.json`; call it with the patches on the model."""
     with model.unpatched():
@@ -142,6 +143,7 @@ def run(
         "arms": list(arms),
         "image_store": image_store,
         "attacks": [dict(attack) for attack in attacks],
+        "replay": replay,
         "versions": versions(),
     }
 
@@ -150,9 +152,7 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[str
     """The keys, out of `keys`, in which two settings differ; where prompts lay does not count."""
 
     def compared(settings: Mapping[str, Any], key: str) -> Any:
-        value = settings.get(key)
-        if key == "attacks":
-            return value or []  # runs of 0.1 had none
+        value = settings.get(key, {"attacks": [], "replay": True}.get(key))  # runs of 0.1
         if key != "prompts" or value is None:
             return value
         return [(one["name"], one["sha256"]) for one in value]

@@ -12,6 +12,7 @@ import typer
 
 from safelight.cli import (
     align,
+    bench,
     demo,
     doctor,
     evaluate,
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate.generate,
     "align": align.align,
     "evaluate": evaluate.evaluate,
+    "bench": bench.bench,
     "report": report.report,
     "export": export.export,
     "doctor": doctor.doctor,
