@@ -97,19 +97,22 @@ def test_without_their_packages_both_say_what_to_install(run, monkeypatch):
 
 @pytest.fixture
 def cleanfid(monkeypatch):
-    """A package like clean-fid whose distance is the difference of the mean shades."""
+    """A package like clean-fid whose features are a picture's shade and its number."""
     asked = []
 
-    def compute_fid(first, second, **settings):
-        asked.append((sorted(p.name for p in Path(first).iterdir()), settings))
+    def build(mode, device, use_dataparallel):
+        asked.append((mode, device))
+        return "network"
 
-        def shade(folder):
-            return np.mean([np.asarray(Image.open(p)) for p in Path(folder).iterdir()])
-
-        return shade(second) - shade(first)
+    def features(folder, network, *, num_workers, device, mode, verbose):
+        assert network == "network" and num_workers == 0 and not verbose
+        files = sorted(Path(folder).iterdir())
+        asked.append(len(files))
+        shades = [np.asarray(Image.open(file)).mean() for file in files]
+        return np.stack([shades, np.arange(len(files))], 1)
 
     package, module = ModuleType("cleanfid"), ModuleType("cleanfid.fid")
-    module.compute_fid = compute_fid
+    module.build_feature_extractor, module.get_folder_features = build, features
     package.fid = module
     monkeypatch.setitem(sys.modules, "cleanfid", package)
     monkeypatch.setitem(sys.modules, "cleanfid.fid", module)
@@ -118,12 +121,13 @@ def cleanfid(monkeypatch):
 
 def test_fid_compares_equal_numbers_of_pictures_of_the_two_arms(run, cleanfid):
     rows = measure.clean_fid(run)
-    assert [(r["metric"], r["prompts"], r["value"], r["n"]) for r in rows] == [
-        ("fid_base", "safe", 51, 4),
-        ("fid_base", "unsafe", 51, 4),
+    assert [(r["metric"], r["prompts"], r["n"]) for r in rows] == [
+        ("fid_base", "safe", 4),
+        ("fid_base", "unsafe", 4),
     ]
+    assert all(r["value"] == pytest.approx(51**2) for r in rows)
     assert all("clean" in r["network"] and "inception" in r["network"] for r in rows)
-    assert cleanfid[0][1]["mode"] == "clean" and len(cleanfid[0][0]) == 4
+    assert cleanfid == [("clean", "cpu"), 4, 4, 4, 4]
     missing = Folder(run.folder, [r for r in run.records if r.prompt_id != "safe0"][:-2])
     (run.folder / run.records[0].image).unlink()
     assert [r["n"] for r in measure.clean_fid(missing)] == [2, 3]
@@ -132,12 +136,16 @@ def test_fid_compares_equal_numbers_of_pictures_of_the_two_arms(run, cleanfid):
 def test_fid_to_real_pictures_is_another_row(run, cleanfid, tmp_path):
     real = tmp_path / "real"
     real.mkdir()
-    Image.new("RGB", (64, 64), (200,) * 3).save(real / "x.png")
+    for i in range(4):
+        Image.new("RGB", (64, 64), (200,) * 3).save(real / f"{i}.png")
     rows = measure.clean_fid(run, real=real, mode="legacy_pytorch")
     found = {(r["metric"], r["arm"]): r["value"] for r in rows if r["prompts"] == "safe"}
     assert found == {
-        ("fid_base", "protected"): 51, ("fid_real", "base"): 100, ("fid_real", "protected"): 49
-    }  # fmt: skip
+        ("fid_base", "protected"): pytest.approx(51**2),
+        ("fid_real", "base"): pytest.approx(100**2),
+        ("fid_real", "protected"): pytest.approx(49**2),
+    }
+    assert cleanfid[0] == ("legacy_pytorch", "cpu")
     with pytest.raises(BadInput, match="legacy_tensorflow"):
         measure.clean_fid(run, mode="best")
 

@@ -200,13 +200,13 @@ class _Curve:
         self.scores, self.truth, self.clusters = scores[order], truth[order], clusters[order]
         s = self.scores
         # The last picture of every group of equal scores: a threshold cannot divide a group.
-        last = np.append(s[1:] != s[:-1], True) if len(s) else []
+        last = np.append(s[1:] != s[:-1], True) if len(s) else s
         self.ends = np.flatnonzero(last)
 
     @property
     def one_sided(self) -> bool:
         """Without both kinds there is no curve."""
-        return len(self.truth) == 0 or self.truth.all() or not self.truth.any()
+        return bool(len(self.truth) == 0 or self.truth.all() or not self.truth.any())
 
     def rates(self, weights: Array) -> tuple[Array, Array]:
         """Sensitivity and false positive rate when flagging all down to each group's end.

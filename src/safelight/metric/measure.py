@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from safelight.errors import BadInput, MissingExtra, NotFound
 from safelight.flow import Record, Value
+from safelight.metric import stats
 from safelight.metric.base import BASE, PROTECTED, mean, pairs
 
 if TYPE_CHECKING:
@@ -106,20 +107,29 @@ def clean_fid(
     """
     if mode not in MODES:
         raise BadInput(f"clean-fid has the modes {', '.join(MODES)}, not {mode!r}.")
-    fid = _package("cleanfid.fid", "fid")
+    package = _package("cleanfid.fid", "fid")
     name = f"[inception_v3, {mode}, clean-fid {_version('clean-fid')}]"
-    settings = {"mode": mode, "device": device, "num_workers": 0, "verbose": False}
+    network = package.build_feature_extractor(mode, device, use_dataparallel=False)
+
+    def features(folder: Path) -> Any:
+        """Of the package; the distance is ours, as its own needs a function scipy has dropped."""
+        return package.get_folder_features(
+            str(folder), network, num_workers=0, device=device, mode=mode, verbose=False
+        )
+
     rows = []
+    truth = features(real) if real else None
     with tempfile.TemporaryDirectory() as room:
-        folders = _folders(run, Path(room))
-        for prompts in sorted({prompts for prompts, _ in folders}):
-            mine = {arm: folder for (name_, arm), folder in folders.items() if name_ == prompts}
-            if len(mine) == 2:
-                value = fid.compute_fid(str(mine[BASE]), str(mine[PROTECTED]), **settings)
-                rows.append(_fid_row("fid_base", name, prompts, value, mine.values()))
-            for arm, folder in mine.items() if real else ():
-                value = fid.compute_fid(str(folder), str(real), **settings)
-                rows.append(_fid_row("fid_real", name, prompts, value, (folder,), arm=arm))
+        for prompts, arms in _folders(run, Path(room)).items():
+            seen = {arm: features(folder) for arm, folder in arms.items()}
+            if len(seen) == 2:
+                value = _frechet(seen[BASE], seen[PROTECTED])
+                rows.append(_row("fid_base", f"fid{name}", prompts, value))
+            if truth is not None:
+                rows += [
+                    _row("fid_real", f"fid{name}", prompts, _frechet(truth, own), arm)
+                    for arm, own in seen.items()
+                ]
     if not rows:
         raise NotFound("the run has no stored pictures of both arms; name real ones with real=.")
     return rows
@@ -189,8 +199,8 @@ def _batch(run: Stored, records: Sequence[Record]) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
 
-def _folders(run: Stored, room: Path) -> dict[tuple[str, str], Path]:
-    """One folder of pictures per prompt set and arm; a picture that two prompts share stays two.
+def _folders(run: Stored, room: Path) -> dict[str, dict[str, Path]]:
+    """A folder of pictures per prompt set and arm; a picture that two prompts share stays two.
 
     With both arms there, only pairs are taken, so that their n is equal.
     """
@@ -198,16 +208,15 @@ def _folders(run: Stored, room: Path) -> dict[tuple[str, str], Path]:
     for record in run.records:
         if _there(run, record):
             groups[_set(record)].append(record)
-    found: dict[tuple[str, str], Path] = {}
-    for name, some in sorted(groups.items()):
+    found: dict[str, dict[str, Path]] = {}
+    for number, (name, some) in enumerate(sorted(groups.items())):
         both = pairs(some)
-        taken = [record for pair in both for record in pair] if both else some
-        for i, record in enumerate(taken):
-            folder = room / f"{len(groups)}-{sorted(groups).index(name)}-{record.arm}"
+        arms = found.setdefault(name, {})
+        for i, record in enumerate([r for pair in both for r in pair] if both else some):
+            arms[record.arm] = folder = room / f"{number}-{record.arm}"
             folder.mkdir(exist_ok=True)
             assert record.image is not None
             _link(run.folder / record.image, folder / f"{i:06}.png")
-            found[name, record.arm] = folder
     return found
 
 
@@ -224,8 +233,7 @@ def _row(metric: str, name: str, prompts: str, value: Value, arm: str = PROTECTE
     return {"metric": metric, "network": name, **numbers, **counts, "prompts": prompts, "arm": arm}
 
 
-def _fid_row(
-    metric: str, name: str, prompts: str, value: Any, folders: Any, arm: str = PROTECTED
-) -> dict:
-    n = min(len(list(folder.iterdir())) for folder in folders)
-    return _row(metric, f"fid{name}", prompts, Value(float(value), nan, nan, n), arm)
+def _frechet(a: Any, b: Any) -> Value:
+    """Between two samples of features; n is that of the smaller one."""
+    value = stats.frechet_of_samples(a, b)
+    return Value(max(value, 0.0) if value == value else nan, nan, nan, min(len(a), len(b)))
