@@ -39,11 +39,15 @@ def bench(
             emit({"suite": chosen.name, "size": size, **vars(cost)})
         return
     board = work.run()
+    from safelight.report import Leaderboard
+
+    with working("writing the leaderboard"):
+        Leaderboard(output).html(output / "leaderboard.html")
     if json:
         emit({"bench": str(output), **board})
     else:
         show(board)
-        say(f"bench [bold]{output}[/]; figures in {output / 'leaderboard.json'}")
+        say(f"wrote [bold]{output / 'leaderboard.html'}[/] and leaderboard.json")
     failed = [cell for cell in board["cells"] if cell["state"] == "error"]
     if failed:
         reasons = "; ".join(f"{c['row']} x {c['column']}: {c['reason']}" for c in failed[:3])
