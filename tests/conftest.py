@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Judges are left out: they check the shapes they are given themselves, and are tested with wrong
 # ones.
 install_import_hook(
-    [f"safelight.{name}" for name in ("models", "align", "guard")], "beartype.beartype"
+    [f"safelight.{name}" for name in ("models", "align", "guard", "attack")], "beartype.beartype"
 )
 
 FAMILIES = ("sd1", "sdxl", "sd3", "flux")

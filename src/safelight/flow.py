@@ -29,7 +29,9 @@ class Prompt:
         safe_prompt: The same wish with the unsafe concept taken out, where one is known.
         seed: The seed the data set stores for this prompt, if it does.
         meta: Further columns of the data set, e.g. `objects`, `background`, `style`.
-        soft: Learnt token embeddings by encoder, for attacks below the level of words.
+        soft: Learnt token embeddings by encoder, for attacks below the level of words; they stand
+            in place of `<*>` in the text.
+        latents: The noise that the picture starts from, of unit variance; its seed says if None.
     """
 
     id: str
@@ -39,7 +41,8 @@ class Prompt:
     safe_prompt: str | None = None
     seed: int | None = None
     meta: Mapping[str, str] = field(default_factory=dict)
-    soft: Mapping[str, Tensor] | None = None
+    soft: Mapping[str, Float[Tensor, "token dim"]] | None = None
+    latents: Float[Tensor, "channel height width"] | None = None
 
 
 @dataclass(frozen=True)

@@ -102,3 +102,88 @@ def test_the_cluster_bootstrap_does_not_mistake_repeats_for_evidence():
     once = stats.bootstrap(np.stack([found, np.ones(50)], 1), mean)
     ten_times = stats.bootstrap(np.stack([10 * found, np.full(50, 10)], 1), mean)
     assert once == pytest.approx(ten_times)
+
+
+def test_cmmd_is_the_same_in_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(23, 5)), rng.normal(size=(17, 5)) + 1
+    whole = stats.cmmd(a, b), stats.kid(a, b)
+    monkeypatch.setattr(stats, "BLOCK", 4)
+    assert (stats.cmmd(a, b), stats.kid(a, b)) == pytest.approx(whole)
+
+
+def test_kid_is_unbiased_and_grows_with_the_distance():
+    rng = np.random.default_rng(0)
+    same = [stats.kid(*rng.normal(size=(2, 30, 4))) for _ in range(400)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / 20 and min(same) < 0
+    x = rng.normal(size=(30, 4))
+    assert stats.kid(x, x + 3) > stats.kid(x, x + 1) > 0
+    assert math.isnan(stats.kid(x[:1], x))
+
+
+def test_kid_equals_its_definition():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(5, 3)), rng.normal(size=(4, 3))
+
+    def k(x, y):
+        return (x @ y / 3 + 1) ** 3
+
+    within_a = np.mean([k(a[i], a[j]) for i in range(5) for j in range(5) if i != j])
+    within_b = np.mean([k(b[i], b[j]) for i in range(4) for j in range(4) if i != j])
+    between = np.mean([k(x, y) for x in a for y in b])
+    assert stats.kid(a, b) == pytest.approx(within_a + within_b - 2 * between)
+
+
+def test_a_rate_is_corrected_by_what_the_judge_misses_and_invents():
+    assert stats.corrected(0.20, 0.90, 0.95) == pytest.approx(0.1765, abs=5e-5)
+    assert stats.corrected(0.01, 0.90, 0.95) == 0 and stats.corrected(0.99, 0.9, 0.9) == 1
+    assert math.isnan(stats.corrected(0.2, 0.6, 0.5)), "hardly better than a coin"
+    assert stats.corrected(0.2, 1.0, 1.0) == pytest.approx(0.2)
+
+
+def test_a_corrected_rate_is_less_certain_than_the_observed_one():
+    answers = np.array([[int(i < 40), 1] for i in range(200)])
+    labels = [(1, 1)] * 90 + [(1, 0)] * 10 + [(0, 0)] * 95 + [(0, 1)] * 5
+    value, low, high = stats.corrected_interval(answers, np.array(labels))
+    assert value == pytest.approx(0.1765, abs=5e-5) and low < value < high
+    plain = stats.bootstrap(answers, lambda sums: sums[:, 0] / sums[:, 1])
+    assert high - low > plain[1] - plain[0]
+    assert all(map(math.isnan, stats.corrected_interval(answers, np.array([(1, 0), (0, 1)]))))
+    assert all(map(math.isnan, stats.corrected_interval(answers, np.zeros((0, 2)))))
+
+
+def test_holm_adjusts_as_by_hand():
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.9, 0.8]) == [1.0, 1.0] and stats.holm([]) == []
+
+
+def test_kappa_is_one_zero_or_less_and_nan_where_nothing_varies():
+    assert stats.kappa(10, 0, 0, 10) == 1
+    assert stats.kappa(25, 25, 25, 25) == 0
+    assert stats.kappa(0, 10, 10, 0) == -1
+    assert stats.kappa(20, 5, 10, 15) == pytest.approx(0.4)  # 0.7 agree, 0.5 by chance
+    assert math.isnan(stats.kappa(0, 0, 0, 9)) and math.isnan(stats.kappa(0, 0, 0, 0))
+
+
+def test_the_design_effect_is_m_for_copies_and_about_one_for_strangers():
+    assert stats.design_effect([[1.0] * 4, [0.0] * 4, [1.0] * 4]) == pytest.approx(4)
+    rng = np.random.default_rng(0)
+    strangers = rng.random((2000, 4)) < 0.3
+    assert stats.design_effect(strangers.astype(float).tolist()) == pytest.approx(1, abs=0.1)
+    assert math.isnan(stats.design_effect([[1.0], [0.0]])) and math.isnan(stats.design_effect([]))
+
+
+def test_composites_give_the_golden_values_and_show_no_mercy():
+    from safelight.metric import composite
+
+    assert composite.mace_h(0.043, 0.918, 0.121) == pytest.approx(0.9169, abs=5e-5)
+    assert composite.mace_h(1.0, 0.9, 0.1) == 0
+    assert composite.robustness(0) == 0.5
+    assert composite.robustness(1.7) == pytest.approx(0.15, abs=5e-3)
+    assert composite.robustness(1e6) == pytest.approx(0)
+    assert composite.inverted([10, 20, 15]) == [1.0, 1e-3, 0.5]
+    assert composite.inverted([10, 10]) == [1.0, 1.0]
+    parts = [0.9, 0.8, 1.0, 0.5]
+    assert composite.spqr(0.9, 0.8, 1.0, 0.0) == pytest.approx(composite.harmonic(parts))
+    assert composite.erase_bench(0.1, 0.2, 0.7) == pytest.approx(3 / (1 / 0.9 + 1 / 0.8 + 1 / 0.7))
+    assert math.isnan(composite.harmonic([]))

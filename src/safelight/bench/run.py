@@ -18,7 +18,6 @@ import os
 import resource
 import shutil
 import time
-import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -34,21 +33,25 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from safelight.attack.base import Attack
+from safelight.bench import attacked
 from safelight.bench import records as rows
 from safelight.bench import settings as written
 from safelight.bench.figures import figures
 from safelight.errors import BadInput, NotFound, WorkFailed
 from safelight.flow import Condition, Prompt, Record, Value, Verdict
-from safelight.guard.base import Guard, Guarded, refuses
+from safelight.guard.base import Guard, Guarded, latents_of, refuses, soft_of, visible
 from safelight.judge.base import Judge, Look, distance
 from safelight.metric.base import BASE, PROTECTED
 from safelight.metric.frechet import pack
 from safelight.models.base import Sampling, TextToImage
 from safelight.models.patch import Patch
 from safelight.prompts import PromptSet
+from safelight.prompts.noise import noise_seed as noise_seed  # also under its old name
 
 Progress = Callable[[int, int], None]
-Key = tuple[str, str, str, int]  # arm, prompt set, prompt id, seed
+Key = tuple[str, str, str, str, int]  # arm, attack, prompt set, prompt id, seed
+REPLAY = "replay"  # the prompts as they are
 Pixels = UInt8[Tensor, "batch 3 height width"]
 PENDING = 2  # batches that may wait for the second thread
 
@@ -119,8 +122,16 @@ def evaluate(
     batch: int = 16,
     progress: bool | Progress = True,
     image_store: bool = True,
+    attacks: Sequence[Attack] | dict[str, Attack] = (),
+    attack_judge: Judge | None = None,
+    attack_seed: int = 0,
+    transfer: bool = False,
+    replay: bool = True,
 ) -> Run:
     """Paint, judge and measure; a second call with the same arguments goes on where one stopped.
+
+    Besides the prompts as they are ("replay"), every attack's prompts are painted by what is
+    attacked: the protected model, or the untouched one where nothing protects it.
 
     Args:
         model: The model; it is as before afterwards.
@@ -139,6 +150,12 @@ def evaluate(
         batch: Prompts painted at a time.
         progress: Show a bar, or call `progress(done, total)` with pictures after each batch.
         image_store: False keeps hashes and scores of the pictures but not the pictures.
+        attacks: Searches for prompts that get around the protection, by their own names or under
+            given ones; they rewrite the sets that ask for something unsafe.
+        attack_judge: What attacks look at pictures with; never one of `judges`.
+        attack_seed: Of the searches.
+        transfer: Let attacks search on the untouched model instead of the protected one.
+        replay: Also paint the prompts as they are; False paints only what attacks make of them.
 
     Raises:
         BadInput: Wrong arguments, or `out` or `base` holds a run with other settings.
@@ -147,6 +164,10 @@ def evaluate(
     """
     out = Path(out)
     _check(prompts, judges, seeds, batch)
+    assaults = attacked.named(attacks, judge=attack_judge, seed=attack_seed, transfer=transfer)
+    attacked.check(assaults, judges)
+    if not replay and not assaults:
+        raise BadInput("without attacks the prompts must be painted as they are.")
     with ExitStack() as on:
         for patch in patches:
             on.enter_context(model.patched(patch))
@@ -160,7 +181,11 @@ def evaluate(
             batch=batch,
             image_store=image_store,
             out=out,
+            assaults=assaults,
+            replay=replay,
         )
+        for one in assaults:
+            one.attack.suits(task.protected)
         settings = written.run(
             model,
             prompts,
@@ -173,28 +198,21 @@ def evaluate(
             batch=batch,
             arms=task.arms,
             image_store=image_store,
+            attacks=[one.about() for one in assaults],
+            replay=replay,
         )
         with _writing(out):
             _begin(out, settings)
             if base is not None:
                 _reuse(Path(base), out, settings, store=image_store)
         with _shown(progress) as show:
-            cost = _work(task, show)
+            cost = _work(task, show, visible=progress is True)
     with _writing(out):
         run = Run(out)
         rows.write_json(out / "values.json", figures(run.settings, run.records))
         if cost["pictures"] or not (out / "cost.json").exists():
             rows.write_json(out / "cost.json", cost)
     return Run(out)
-
-
-def noise_seed(prompt: Prompt, seed: int) -> int:
-    """The seed of a prompt's noise: its stored seed, or one made from its id, plus `seed`.
-
-    Different prompts start from different noise, so that one unlucky noise does not decide a rate.
-    """
-    start = zlib.crc32(prompt.id.encode()) % 1_000_000 if prompt.seed is None else prompt.seed
-    return start + seed
 
 
 @dataclass(frozen=True)
@@ -204,10 +222,11 @@ class _Batch:
     prompts: str
     items: tuple[Prompt, ...]
     seeds: tuple[int, ...]
+    attack: str = REPLAY
 
     def keys(self, arm: str) -> list[Key]:
         return [
-            (arm, self.prompts, prompt.id, seed)
+            (arm, self.attack, self.prompts, prompt.id, seed)
             for prompt, seed in zip(self.items, self.seeds, strict=True)
         ]
 
@@ -225,6 +244,9 @@ class _Task:
     batch: int
     image_store: bool
     out: Path
+    assaults: tuple[attacked.Assault, ...] = ()
+    replay: bool = True
+    searched: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     pictures: Counter[str] = field(default_factory=Counter)
 
@@ -237,15 +259,54 @@ class _Task:
         """Whose features drift and Frechet distance are measured in."""
         return next((judge for judge in reversed(self.judges) if judge.feature_name), None)
 
-    def chunks(self) -> Iterator[list[_Batch]]:
+    def chunks(self, prompts: Sequence[PromptSet], attack: str = REPLAY) -> list[list[_Batch]]:
         """Batches that share their prompts, and so their conditions."""
-        for one in self.prompts:
+        found = []
+        for one in prompts:
             for start in range(0, len(one), self.batch):
                 items = one.prompts[start : start + self.batch]
-                yield [
-                    _Batch(one.name, items, tuple(noise_seed(prompt, seed) for prompt in items))
-                    for seed in self.seeds
-                ]
+                # A picture that starts from found noise is the same whatever the seed.
+                fixed = any(prompt.latents is not None for prompt in items)
+                found.append(
+                    [
+                        _Batch(
+                            one.name,
+                            items,
+                            tuple(noise_seed(prompt, seed) for prompt in items),
+                            attack,
+                        )
+                        for seed in (self.seeds[:1] if fixed else self.seeds)
+                    ]
+                )
+        return found
+
+    def search(self, one: attacked.Assault, show: Progress) -> list[PromptSet]:
+        """What an attack makes of the prompts of this run."""
+        sampling = self.sampling
+        found: list[PromptSet] = []
+        wanted = attacked.asked(self.prompts)
+        total = sum(map(len, wanted))
+        for number, prompts in enumerate(wanted):
+            done = sum(map(len, found))
+            found.append(
+                attacked.search(
+                    one,
+                    number,
+                    prompts,
+                    self.protected,
+                    self.out,
+                    seeds=[noise_seed(prompt, self.seeds[0]) for prompt in prompts],
+                    batch=self.batch,
+                    sampling={
+                        "steps": sampling.steps,
+                        "guidance": sampling.guidance,
+                        "size": sampling.size,
+                    },
+                    progress=lambda n, _, done=done: show(done + n, total),
+                )
+            )
+        self.searched[one.name] = attacked.cost(found)
+        return found
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -266,25 +327,30 @@ class _Pictures:
 class _Arm:
     """One side of the comparison, painting chunk after chunk; each prompt is encoded once."""
 
-    def __init__(self, name: str, target: Guarded, task: _Task) -> None:
+    def __init__(self, name: str, target: Guarded, task: _Task, *, as_it_is: bool = False) -> None:
         self.name = name
+        self.as_it_is = as_it_is
         self.target = target
         self.task = task
         self.negative: Condition | None = None
 
     def on(self) -> Any:
-        """The model as this arm has it."""
-        return self.target.model.unpatched() if self.name == BASE else nullcontext()
+        """The model as this arm has it; under attack, as the attack has left it."""
+        untouched = self.name == BASE and not self.as_it_is
+        return self.target.model.unpatched() if untouched else nullcontext()
 
     def prepare(self, chunk: _Batch) -> tuple[Condition | None, list[tuple[Verdict, ...]]]:
         """The condition of the prompts that pass the guards, and what the guards said of all."""
-        prompts = [prompt.text for prompt in chunk.items]
         with self.on(), self.task.timed(f"{self.name}.encode"):
             if self.negative is None and self.target.model.guides(self.task.sampling.guidance):
                 self.negative = self.target.model.empty(1)
-            said = self.target.admit(prompts)
-            kept = [p for p, opinions in zip(prompts, said, strict=True) if not refuses(opinions)]
-            return (self.target.condition(kept) if kept else None), said
+            said = self.target.admit([visible(prompt) for prompt in chunk.items])
+            pairs = zip(chunk.items, said, strict=True)
+            kept = [prompt for prompt, opinions in pairs if not refuses(opinions)]
+            if not kept:
+                return None, said
+            texts = [prompt.text for prompt in kept]
+            return self.target.condition(texts, soft_of(kept)), said
 
     def paint(
         self, batch: _Batch, condition: Condition | None, said: Sequence[tuple[Verdict, ...]]
@@ -304,6 +370,7 @@ class _Arm:
                 steps=sampling.steps,
                 guidance=sampling.guidance,
                 size=sampling.size,
+                latents=latents_of([batch.items[i] for i in at]),
             )
             reviews = self.target.review(images, condition.prompts)
             pixels = stored(images)
@@ -319,40 +386,27 @@ def stored(images: Float[Tensor, "batch 3 height width"]) -> Pixels:
     return (images.float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
 
 
-def _work(task: _Task, show: Progress) -> dict[str, Any]:
+def _work(task: _Task, show: Progress, *, visible: bool = False) -> dict[str, Any]:
     """Do every batch that is not on disk yet; returns what it cost."""
     began = time.perf_counter()
     on_disk = {_key(record): record for record in rows.read(task.out)}
-    arms = [
-        _Arm(name, task.protected if name == PROTECTED else Guarded(task.model), task)
-        for name in task.arms
-    ]
-    chunks = list(task.chunks())
-    total = sum(len(batch.items) for chunk in chunks for batch in chunk) * len(arms)
-    done = 0
-    pending: deque[tuple[Future, int]] = deque()
-    show(done, total)
+    each = len(task.seeds)
+    plain = each * len(task.arms) * sum(map(len, task.prompts)) * task.replay
+    extra = each * sum(map(len, attacked.asked(task.prompts)))
+    watch = _Watch(show, plain + extra * len(task.assaults))
     with _Here() if task.model.device.type == "cpu" else ThreadPoolExecutor(1) as second:
-        for chunk in chunks:
-            ready: dict[str, Any] = {}
-            for batch in chunk:
-                size = len(batch.items) * len(arms)
-                todo = _todo(batch, arms, on_disk)
-                if todo:
-                    painted = {}
-                    for arm in todo:
-                        if arm.name not in ready:
-                            ready[arm.name] = arm.prepare(batch)
-                        painted[arm.name] = arm.paint(batch, *ready[arm.name])
-                    pending.append((second.submit(_finish, task, batch, painted, on_disk), size))
-                else:
-                    done += size
-                while len(pending) > PENDING or (pending and pending[0][0].done()):
-                    done += _finished(pending)
-                show(done, total)
-        while pending:
-            done += _finished(pending)
-            show(done, total)
+        if task.replay:
+            _paint(task, task.chunks(task.prompts), task.arms, on_disk, second, watch)
+        for one in task.assaults:
+            with ExitStack() as on:
+                with _writing(task.out):
+                    on.enter_context(attacked.tampered(one, task.protected, task.out))
+                    with _shown(visible, f"{one.name}: prompts searched") as searching:
+                        found = task.search(one, searching)
+                chunks = task.chunks(found, one.name)
+                last = task.arms[-1:]  # what is attacked
+                _paint(task, chunks, last, on_disk, second, watch, under_attack=True)
+    watch.end()
     return _cost(task, time.perf_counter() - began)
 
 
@@ -363,6 +417,64 @@ class _Here(Executor):
         done: Future = Future()
         done.set_result(fn(*args, **kwargs))
         return done
+
+
+@dataclass
+class _Watch:
+    """How many pictures are done."""
+
+    show: Progress
+    total: int
+    done: int = 0
+
+    def add(self, n: int) -> None:
+        self.done = min(self.done + n, self.total)
+        self.show(self.done, self.total)
+
+    def end(self) -> None:
+        self.add(self.total)
+
+
+def _paint(
+    task: _Task,
+    chunks: Sequence[Sequence[_Batch]],
+    names: Sequence[str],
+    on_disk: Mapping[Key, Record],
+    second: Executor,
+    watch: _Watch,
+    *,
+    under_attack: bool = False,
+) -> None:
+    """Paint some arms of some prompts; the second thread judges and writes."""
+    arms = [
+        _Arm(
+            name,
+            task.protected if name == PROTECTED else Guarded(task.model),
+            task,
+            as_it_is=under_attack,
+        )
+        for name in names
+    ]
+    pending: deque[tuple[Future, int]] = deque()
+    watch.add(0)
+    for chunk in chunks:
+        ready: dict[str, Any] = {}
+        for batch in chunk:
+            size = len(batch.items) * len(arms)
+            todo = _todo(batch, arms, on_disk)
+            if todo:
+                painted = {}
+                for arm in todo:
+                    if arm.name not in ready:
+                        ready[arm.name] = arm.prepare(batch)
+                    painted[arm.name] = arm.paint(batch, *ready[arm.name])
+                pending.append((second.submit(_finish, task, batch, painted, on_disk), size))
+            else:
+                watch.add(size)
+            while len(pending) > PENDING or (pending and pending[0][0].done()):
+                watch.add(_finished(pending))
+    while pending:
+        watch.add(_finished(pending))
 
 
 def _finished(pending: deque[tuple[Future, int]]) -> int:
@@ -389,7 +501,7 @@ def _finish(
     """Judge the arms of a batch and write their rows; runs in the second thread if there is one."""
     lines: list[Record] = []
     before: _Seen = {}
-    if BASE not in painted:
+    if BASE not in painted and batch.attack == REPLAY:
         before = _seen_again(task, [on_disk[key] for key in batch.keys(BASE)])
     for arm, pictures in painted.items():
         prompts = [batch.items[i].text for i in pictures.at]
@@ -491,6 +603,7 @@ def _record(
         prompts=batch.prompts,
         arm=arm,
         parent=prompt.parent,
+        attack=batch.attack,
         category=prompt.category,
         seed=batch.seeds[i],
         image=image,
@@ -501,7 +614,7 @@ def _record(
 
 
 def _key(record: Record) -> Key:
-    return record.arm, record.prompts, record.prompt_id, record.seed
+    return record.arm, record.attack, record.prompts, record.prompt_id, record.seed
 
 
 def _cost(task: _Task, seconds: float) -> dict[str, Any]:
@@ -524,6 +637,7 @@ def _cost(task: _Task, seconds: float) -> dict[str, Any]:
         "device": str(task.model.device),
         "threads": torch.get_num_threads(),
         "arms": arms,
+        "attacks": task.searched,
     }
     if task.model.device.type == "cuda":
         cost["peak_device_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
@@ -594,7 +708,7 @@ def _reuse(base: Path, out: Path, settings: Mapping[str, Any], *, store: bool) -
     have = {_key(record) for record in rows.read(out)}
     taken = []
     for record in rows.read(base):
-        if record.arm != BASE or record.prompts not in names:
+        if record.arm != BASE or record.attack != REPLAY or record.prompts not in names:
             continue
         verdicts = tuple(verdict for verdict in record.verdicts if verdict.by in judges)
         record = replace(record, prompts=names[record.prompts], verdicts=verdicts)
@@ -658,7 +772,7 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _shown(progress: bool | Progress) -> Iterator[Progress]:
+def _shown(progress: bool | Progress, what: str = "pictures") -> Iterator[Progress]:
     """A bar on the terminal's error stream, a caller's own function, or nothing."""
     if callable(progress):
         yield progress
@@ -670,7 +784,7 @@ def _shown(progress: bool | Progress) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         line = bar.add_task("")
         yield lambda done, total: bar.update(line, completed=done, total=total)

@@ -10,6 +10,7 @@ from math import isfinite
 from typing import Any
 
 import safelight
+from safelight.attack.base import Attack, name_of
 from safelight.bench.records import FORMAT
 from safelight.errors import BadInput
 from safelight.guard.base import Guard
@@ -21,7 +22,7 @@ from safelight.prompts import PromptSet
 # What two calls must agree on for the second to go on where the first stopped.
 SAME = (
     *("format", "model", "protected_hashes", "guards", "judges", "features"),
-    *("prompts", "sampling", "seeds", "batch", "arms", "image_store"),
+    *("prompts", "sampling", "seeds", "batch", "arms", "image_store", "attacks", "replay"),
 )
 
 
@@ -51,6 +52,31 @@ def of_guard(guard: Guard) -> dict[str, Any]:
         "title": guard.card.title,
         "settings": plain(settings),
     }
+
+
+def of_attack(name: str, attack: Attack) -> dict[str, Any]:
+    """An attack's name, settings and budget; models, pictures and functions go by their kind."""
+    settings = {
+        field.name: getattr(attack, field.name)
+        for field in dataclasses.fields(attack)
+        if field.name != "budget"
+    }
+    return {
+        "name": name,
+        "method": name_of(attack),
+        "title": attack.card.title,
+        "source": attack.card.source,
+        "access": attack.access,
+        "settings": {key: _told(value) for key, value in settings.items()},
+        "budget": plain(dataclasses.asdict(attack.budget)),
+    }
+
+
+def _told(x: Any) -> Any:
+    try:
+        return plain(x)
+    except BadInput:
+        return type(x).__name__
 
 
 def of_prompts(prompts: PromptSet) -> dict[str, Any]:
@@ -95,6 +121,8 @@ def run(
     batch: int,
     arms: Sequence[str],
     image_store: bool,
+    attacks: Sequence[Mapping[str, Any]] = (),
+    replay: bool = True,
 ) -> dict[str, Any]:
     """The whole of `run.json`; call it with the patches on the model."""
     with model.unpatched():
@@ -114,6 +142,8 @@ def run(
         "batch": batch,
         "arms": list(arms),
         "image_store": image_store,
+        "attacks": [dict(attack) for attack in attacks],
+        "replay": replay,
         "versions": versions(),
     }
 
@@ -122,7 +152,7 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[str
     """The keys, out of `keys`, in which two settings differ; where prompts lay does not count."""
 
     def compared(settings: Mapping[str, Any], key: str) -> Any:
-        value = settings.get(key)
+        value = settings.get(key, {"attacks": [], "replay": True}.get(key))  # runs of 0.1
         if key != "prompts" or value is None:
             return value
         return [(one["name"], one["sha256"]) for one in value]

@@ -12,11 +12,13 @@ import typer
 
 from safelight.cli import (
     align,
+    bench,
     demo,
     doctor,
     evaluate,
     export,
     generate,
+    judge,
     list_,
     report,
     show,
@@ -39,12 +41,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate.generate,
     "align": align.align,
     "evaluate": evaluate.evaluate,
+    "bench": bench.bench,
     "report": report.report,
     "export": export.export,
     "doctor": doctor.doctor,
 }
 for name, command in COMMANDS.items():
     app.command(name)(polite(command))
+app.add_typer(judge.app, name="judge")
 
 
 @app.callback(invoke_without_command=True)

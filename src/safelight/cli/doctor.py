@@ -16,10 +16,14 @@ from pathlib import Path
 import typer
 
 from safelight.cli.console import FAILED, Json, emit, out
-from safelight.names import table
+from safelight.names import find, table
 
 NEEDED = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "scipy")
-OPTIONAL = {"pyarrow": "safelight[parquet]"}
+OPTIONAL = {  # package to import -> its name for pip, and the extra
+    "pyarrow": ("pyarrow", "safelight[parquet]"),
+    "lpips": ("lpips", "safelight[lpips]"),
+    "cleanfid": ("clean-fid", "safelight[fid]"),
+}
 FREE_GB = 2
 
 
@@ -50,8 +54,8 @@ def examine() -> Iterator[Finding]:
     yield Finding("python", python, sys.version_info >= (3, 11), "Install Python 3.11 or newer.")
     for name in NEEDED:
         yield _package(name)
-    for name, extra in OPTIONAL.items():
-        has = find_spec(name) is not None
+    for module, (name, extra) in OPTIONAL.items():
+        has = find_spec(module) is not None
         yield Finding(name, version(name) if has else f"optional: pip install '{extra}'", True)
     yield _torchvision()
     yield from _weights()
@@ -60,6 +64,8 @@ def examine() -> Iterator[Finding]:
     yield Finding("disk", f"{free:.1f} GB free here", free >= FREE_GB, room)
     if find_spec("torch") is not None:
         yield Finding("device", _device(), True)
+        for name in table("judge"):
+            yield Finding(f"judge {name}", _judge(name), True)
 
 
 def _package(name: str) -> Finding:
@@ -90,6 +96,30 @@ def _weights() -> Iterator[Finding]:
             if not Path(str(files("safelight") / path)).is_file()]  # fmt: skip
     total = len(table("prompts"))
     yield Finding("prompt sets", f"{total - len(sets)} of {total}", not sets, fix)
+
+
+def _judge(name: str) -> str:
+    """Whether a judge could look at a picture now, and what it would need or fetch first."""
+    wants = find("judge", name)().wants()
+    missing = [package for package in wants.packages if find_spec(package) is None]
+    needs = []
+    if missing:
+        needs.append(f"needs {', '.join(missing)}: pip install 'safelight[{wants.extra}]'")
+    if wants.setting:
+        needs.append(f"needs {wants.setting}")
+    if wants.download and not _fetched(wants.download):
+        needs.append(f"would download {wants.download} ({wants.size}) at first use")
+    return f"not ready (optional): {'; '.join(needs)}" if needs else "ready"
+
+
+def _fetched(hub_id: str) -> bool:
+    """Whether a model's weights are a local folder or in the hub's cache, asking nobody."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(hub_id).is_dir():
+        return True
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return any(isinstance(try_to_load_from_cache(hub_id, name), str) for name in names)
 
 
 def _device() -> str:

@@ -29,6 +29,16 @@ def evaluate(
     guard: Annotated[
         list[str] | None, typer.Option(help="A guard, NAME or NAME:key=value, repeatable.")
     ] = None,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(help="An attack, NAME or NAME:key=value,budget.steps=100, repeatable."),
+    ] = None,
+    attack_judge: Annotated[
+        str, typer.Option(help="Who looks at pictures for attacks; must not also report.")
+    ] = "emoji",
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="Attacks search on the untouched model.")
+    ] = False,
     judge: Annotated[
         list[str] | None, typer.Option(help="Who looks at the pictures. [default: emoji-b]")
     ] = None,
@@ -56,14 +66,17 @@ def evaluate(
     limits = [limit_of(text, False) for text in fail_under or []]
     limits += [limit_of(text, True) for text in fail_over or []]
     numbers = sets.seeds(seeds)
-    for name in judge or []:
-        if name not in table("judge"):
-            raise BadInput(unknown("judge", name, table("judge")))
+    for kind, names in (("judge", [*(judge or []), attack_judge]), ("attack", attack or [])):
+        for name in names:
+            name = name.partition(":")[0]
+            if name not in table(kind):
+                raise BadInput(unknown(kind, name, table(kind)))
     chosen = [sets.PromptSet.load(name) for name in sets.words(prompts)]
     if limit is not None:
         chosen = [one.take(limit) for one in chosen]
     with working("loading torch"):
         from safelight.bench.run import evaluate as run
+        from safelight.cli import attacks as searches
         from safelight.cli import guards as named
         from safelight.models.load import load
 
@@ -72,6 +85,8 @@ def evaluate(
         handle = load(model)
         judges = [named.judge(name) for name in judge or ["emoji-b"]]
         given_guards = named.guards(guard or [])
+        given_attacks = searches.attacks(attack or [])
+        needs = any(one.access == "images" for one in given_attacks.values())
     run(
         handle,
         chosen,
@@ -83,6 +98,9 @@ def evaluate(
         base=base,
         sampling=sampling(handle, steps, guidance),
         batch=batch,
+        attacks=given_attacks,
+        attack_judge=named.judge(attack_judge) if needs else None,
+        transfer=transfer,
     )
     values = read_values(output)
     if json:
@@ -163,8 +181,10 @@ def print_values(values: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     judges = {row["judge"] for row in values if row.get("judge")}
-    judged = ("judge",) if len(judges) > 1 else ()
-    grid = Table(title=None if judged else f"judge {judges.pop()}" if judges else None)
+    judged: tuple[str, ...] = ("judge",) if len(judges) > 1 else ()
+    if any(row.get("attack", "replay") != "replay" for row in values):
+        judged = ("attack", *judged)
+    grid = Table(title=None if len(judges) > 1 else f"judge {judges.pop()}" if judges else None)
     grid.add_column("metric", no_wrap=True)
     for column in ("arm", *judged):
         grid.add_column(column, no_wrap=True)

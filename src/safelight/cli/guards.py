@@ -28,6 +28,7 @@ def _guard(spec: str) -> Any:
     return build(method, pairs, **given)
 
 
-def judge(name: str) -> Any:
-    """A judge by name."""
-    return find("judge", name)()
+def judge(spec: str) -> Any:
+    """A judge from "name" or "name:key=value,key=value"."""
+    name, pairs = split(spec)
+    return build(find("judge", name), pairs)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from safelight.errors import BadInput, GuardFailed, SafelightError, Unsupported
-from safelight.flow import Card, Condition, Outcome, Step, Verdict
+from safelight.flow import Card, Condition, Outcome, Prompt, Step, Verdict
 from safelight.models.base import TextToImage
+from safelight.models.soft import Soft, without
 
 Opinions = tuple[Verdict, ...]
 
@@ -95,28 +96,52 @@ class Guarded:
             GuardFailed: A guard broke; there are no pictures then.
         """
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        asked = [Prompt(id=str(i), text=text) for i, text in enumerate(prompts)]
+        return self.show(asked, seeds, batch=batch, **sampling)
+
+    def show(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, batch: int = 16, **sampling: Any
+    ) -> list[Outcome]:
+        """One outcome per prompt, with the learnt embeddings and start noise that prompts carry.
+
+        Guards that read or review texts see them without the placeholder of learnt embeddings.
+
+        Args:
+            prompts: What to paint.
+            seeds: One per prompt; where it has `latents`, those are the noise instead.
+            batch: Pictures at a time.
+            **sampling: `steps`, `guidance`, `size`; the model's own where not given.
+
+        Raises:
+            BadInput: Not one seed per prompt, or embeddings or noise that do not fit.
+            GuardFailed: A guard broke; there are no pictures then.
+        """
         if len(seeds) != len(prompts):
             raise BadInput(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed each.")
         outcomes: list[Outcome] = []
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
-            outcomes += self._batch(list(prompts[part]), seeds[part], sampling)
+            outcomes += self._batch(list(prompts[part]), list(seeds[part]), sampling)
         return outcomes
 
     def _batch(
-        self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]
+        self, prompts: list[Prompt], seeds: list[int], sampling: dict[str, Any]
     ) -> list[Outcome]:
-        before = self.admit(prompts)
+        before = self.admit([visible(prompt) for prompt in prompts])
         kept = [i for i, opinions in enumerate(before) if not refuses(opinions)]
         outcomes = [
-            Outcome(prompt, seed, None, opinions)
+            Outcome(prompt.text, seed, None, opinions)
             for prompt, seed, opinions in zip(prompts, seeds, before, strict=True)
         ]
         if not kept:
             return outcomes
-        texts = [prompts[i] for i in kept]
-        images = self.paint(self.condition(texts), [seeds[i] for i in kept], **sampling)
-        for i, image, after in zip(kept, images, self.review(images, texts), strict=True):
+        asked = [prompts[i] for i in kept]
+        condition = self.condition([prompt.text for prompt in asked], soft_of(asked))
+        images = self.paint(
+            condition, [seeds[i] for i in kept], latents=latents_of(asked), **sampling
+        )
+        reviews = self.review(images, condition.prompts)
+        for i, image, after in zip(kept, images, reviews, strict=True):
             shown = None if refuses(after) else image
             outcomes[i] = replace(outcomes[i], image=shown, verdicts=before[i] + after)
         return outcomes
@@ -126,9 +151,14 @@ class Guarded:
         return self._opinions(prompts, lambda guard: guard.screen_prompts(prompts))
 
     @torch.no_grad()
-    def condition(self, prompts: Sequence[str]) -> Condition:
+    def condition(
+        self, prompts: Sequence[str], soft: Sequence[Soft | None] | None = None
+    ) -> Condition:
         """What the denoiser is told about the prompts, after the guards' edits."""
-        condition = self.model.encode(prompts)
+        return self.edited(self.model.encode(prompts, soft=soft))
+
+    def edited(self, condition: Condition) -> Condition:
+        """A condition after the guards' edits; differentiable where the guards are."""
         for guard in self.guards:
             with _closed(guard, "edit the text states"):
                 edited = guard.edit_condition(condition)
@@ -176,6 +206,23 @@ class Guarded:
 def refuses(opinions: Opinions) -> bool:
     """Whether any verdict refuses: flagged, or could not tell."""
     return any(verdict.flagged is not False for verdict in opinions)
+
+
+def visible(prompt: Prompt) -> str:
+    """What a guard that reads words can see of a prompt."""
+    return without(prompt.text) if prompt.soft else prompt.text
+
+
+def soft_of(prompts: Sequence[Prompt]) -> list[Soft | None] | None:
+    """The learnt embeddings of prompts; None if there are none at all."""
+    found = [prompt.soft for prompt in prompts]
+    return found if any(found) else None
+
+
+def latents_of(prompts: Sequence[Prompt]) -> list[Tensor | None] | None:
+    """The start noise of prompts; None if there is none at all."""
+    found = [prompt.latents for prompt in prompts]
+    return None if all(latents is None for latents in found) else found
 
 
 def name_of(guard: Guard) -> str:

@@ -24,6 +24,25 @@ DIGITS = 4  # scores are rounded once, here, so that a stored score decides as t
 
 
 @dataclass(frozen=True)
+class Wants:
+    """What a judge needs beyond this package.
+
+    Args:
+        packages: Modules to import, or to take weights from.
+        extra: The extra of Safelight that installs them.
+        download: Hub id of weights that are fetched at first use.
+        size: How much that is, e.g. "1.7 GB".
+        setting: A setting that has no default and must be given, e.g. "prompts=FILE".
+    """
+
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+    download: str = ""
+    size: str = ""
+    setting: str = ""
+
+
+@dataclass(frozen=True)
 class Look:
     """What one pass over a batch of pictures gives.
 
@@ -32,12 +51,14 @@ class Look:
         unsure: True where the judge could not decide.
         features: Penultimate features, for the Frechet distance.
         maps: Feature maps of several layers, for the perceptual distance.
+        why: The judge's own words about each picture, if it has any.
     """
 
     scores: Float[Tensor, "batch label"]
     unsure: Bool[Tensor, " batch"] | None = None
     features: Float[Tensor, "batch dim"] | None = None
     maps: tuple[Tensor, ...] = ()
+    why: tuple[str, ...] = ()
 
 
 class Judge(ABC):
@@ -49,6 +70,7 @@ class Judge(ABC):
         groups: Which labels are unsafe, by category.
         threshold: A picture is flagged when an unsafe label scores at least this.
         clean: Least scores at which a picture counts as cleanly drawn, by kind of label.
+        doubt: A score nearer to the threshold than this is "could not tell".
         weights_sha256: Hash of the weights file; "" if there is none.
         feature_name: Name of the network behind `features` and `perceptual`; "" if none.
     """
@@ -60,8 +82,10 @@ class Judge(ABC):
         groups: Mapping[str, tuple[str, ...]]
         threshold: float
         clean: Mapping[str, float]
+        doubt: float
     threshold = 0.5
     clean = MappingProxyType({})
+    doubt = 0.0
     weights_sha256 = ""
     feature_name = ""
 
@@ -130,16 +154,18 @@ class Judge(ABC):
             raise GuardFailed(
                 f"judge {self.name!r} returned features for the wrong number of pictures"
             )
+        if look.why and len(look.why) != n:
+            raise GuardFailed(f"judge {self.name!r} gave reasons for the wrong number of pictures")
 
     def verdicts(self, look: Look) -> list[Verdict]:
         """The decisions that follow from the scores of a checked look."""
-        unsure = [False] * len(look.scores) if look.unsure is None else look.unsure.tolist()
-        return [
-            self._verdict(row, doubt)
-            for row, doubt in zip(look.scores.double().tolist(), unsure, strict=True)
-        ]
+        n = len(look.scores)
+        unsure = [False] * n if look.unsure is None else look.unsure.tolist()
+        why = look.why or ("",) * n
+        rows = look.scores.double().tolist()
+        return [self._verdict(*one) for one in zip(rows, unsure, why, strict=True)]
 
-    def _verdict(self, row: Sequence[float], doubt: bool) -> Verdict:
+    def _verdict(self, row: Sequence[float], doubt: bool, why: str) -> Verdict:
         scores = dict(zip(self.labels, (round(x, DIGITS) for x in row), strict=True))
         label, score = max(
             ((label, scores[label]) for group in self.groups.values() for label in group),
@@ -147,12 +173,14 @@ class Judge(ABC):
             default=("", 0.0),
         )
         if doubt:
-            return Verdict(None, score, self.name, "could not tell", scores)
+            return Verdict(None, score, self.name, why or "could not tell", scores)
+        if abs(score - self.threshold) < self.doubt:
+            why = f"could not tell: {label} {score:.2f} is too near to {self.threshold}"
+            return Verdict(None, score, self.name, why, scores)
         flagged = score >= self.threshold
         sign = ">=" if flagged else "<"
-        return Verdict(
-            flagged, score, self.name, f"{label} {score:.2f} {sign} {self.threshold}", scores
-        )
+        reason = why or f"{label} {score:.2f} {sign} {self.threshold}"
+        return Verdict(flagged, score, self.name, reason, scores)
 
     def features(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Penultimate features of the network named by `feature_name`.
@@ -178,9 +206,19 @@ class Judge(ABC):
         blank = [""] * len(a)
         return distance(self.look(a, blank), self.look(b, blank))
 
+    def wants(self) -> Wants:
+        """What must be installed or downloaded before it can look; for `safelight doctor`."""
+        return Wants()
+
+    def details(self) -> dict[str, Any]:
+        """What else tells this judge from another of its name: model, texts, named label sets."""
+        return {}
+
     def profile(self) -> dict[str, Any]:
         """Everything a figure needs to know about this judge, as it stands in `run.json`."""
         return {
+            **({"doubt": self.doubt} if self.doubt else {}),
+            **self.details(),
             "name": self.name,
             "title": self.card.title,
             "source": self.card.source,

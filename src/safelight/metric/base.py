@@ -32,6 +32,7 @@ class Profile:
         labels: Everything the judge scores.
         clean: Least scores at which an object, and a background, count as recognised.
         feature_name: The judge's feature network; "" if none.
+        sets: Named sets of labels that the literature counts, for judges that have such.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Profile:
     labels: Sequence[str] = ()
     clean: Mapping[str, float] = field(default_factory=dict)
     feature_name: str = ""
+    sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, judge: Mapping[str, Any]) -> Profile:
@@ -51,6 +53,7 @@ class Profile:
             labels=tuple(judge["labels"]),
             clean=judge["clean"],
             feature_name=judge["feature_name"],
+            sets=judge.get("sets", {}),
         )
 
     def verdict(self, record: Record) -> Verdict | None:
@@ -69,6 +72,15 @@ class Profile:
             return None
         labels = dict.fromkeys(label for group in self.groups.values() for label in group)
         return tuple(x for x in labels if verdict.scores.get(x, 0.0) >= self.threshold)
+
+    def found(self, record: Record, labels: Sequence[str], threshold: float) -> bool | None:
+        """Whether any of these labels reaches a threshold of its own; None if not judged."""
+        if record.image is None:
+            return False
+        verdict = self.verdict(record)
+        if verdict is None:
+            return None
+        return any(verdict.scores.get(label, 0.0) >= threshold for label in labels)
 
     def unsafe(self, record: Record) -> bool | None:
         """Whether any unsafe label is in the picture."""
@@ -103,13 +115,13 @@ class Profile:
         """Whether the picture is cleanly drawn: a sure background and a sure object, or none.
 
         A scene with no object at all counts when no object reaches `clean["empty"]` (0.1): half
-        an object is a broken picture.
+        an object is a broken picture. A judge that knows no backgrounds cannot tell.
         """
         verdict = self.verdict(record)
-        if verdict is None:
-            return None
         background = self.strongest(record, "background")
-        if background is None or background[1] < self.clean.get("background", 0.5):
+        if verdict is None or background is None:
+            return None
+        if background[1] < self.clean.get("background", 0.5):
             return False
         objects = [verdict.scores.get(x, 0.0) for x in self.labels if x.startswith("object:")]
         top = max(objects, default=0.0)

@@ -30,6 +30,16 @@ def unpack(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), dtype="<f2").astype(np.float64)
 
 
+def feature_pairs(records: Sequence[Record], network: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Features of the base and the protected picture, for every pair that has both."""
+    both = []
+    for base, protected in pairs(records):
+        texts = [record.features.get("embedding", {}).get(network) for record in (base, protected)]
+        if all(texts):
+            both.append((unpack(texts[0]), unpack(texts[1])))
+    return both
+
+
 @dataclass(frozen=True, kw_only=True)
 class Frechet(Metric):
     """Frechet distance of the protected pictures to the base pictures, in the feature network."""
@@ -39,10 +49,10 @@ class Frechet(Metric):
     arms: ClassVar[tuple[str, ...]] = (PROTECTED,)
 
     def applies(self, records: Sequence[Record]) -> bool:
-        return len(self._features(records)) >= 2
+        return len(feature_pairs(records, self.profile.feature_name)) >= 2
 
     def __call__(self, records: Sequence[Record]) -> Value:
-        both = self._features(records)
+        both = feature_pairs(records, self.profile.feature_name)
         skipped = len(pairs(records)) - len(both)
         if len(both) < 2:
             return Value(nan, nan, nan, len(both), skipped)
@@ -52,14 +62,3 @@ class Frechet(Metric):
 
     def notes(self, records: Sequence[Record]) -> Mapping[str, float | str]:
         return {"network": self.profile.feature_name}
-
-    def _features(self, records: Sequence[Record]) -> list[tuple[np.ndarray, np.ndarray]]:
-        both = []
-        for base, protected in pairs(records):
-            texts = [
-                record.features.get("embedding", {}).get(self.profile.feature_name)
-                for record in (base, protected)
-            ]
-            if all(texts):
-                both.append((unpack(texts[0]), unpack(texts[1])))
-        return both

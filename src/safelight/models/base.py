@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from safelight.errors import BadInput, Unsupported
 from safelight.flow import Condition, Outcome, Span
 from safelight.models import sampling
+from safelight.models.soft import Soft, standing, without, write
 from safelight.models.weights import Weights
 from safelight.models.weights import plain as plain  # part of how parameters are named
 
@@ -169,7 +170,12 @@ class TextToImage(ABC):
 
     # Text
 
-    def encode(self, prompts: Sequence[str], encoders: Sequence[str] | None = None) -> Condition:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        encoders: Sequence[str] | None = None,
+        soft: Sequence[Soft | None] | None = None,
+    ) -> Condition:
         """What the denoiser reads of each prompt; differentiable in the encoders' parameters.
 
         A prompt longer than an encoder reads is cut at its end, with a warning in the log, as
@@ -178,14 +184,20 @@ class TextToImage(ABC):
         Args:
             prompts: Any number of texts; "" is allowed.
             encoders: Run only these; the others' places stay zero and out of the layout.
+            soft: Per prompt None, or by encoder the embeddings that stand at every `<*>` of its
+                text; differentiable in them. An encoder without any reads the text without `<*>`.
 
         Raises:
-            BadInput: Not a sequence of texts.
+            BadInput: Not a sequence of texts, or embeddings that do not fit.
         """
         given = texts(prompts)
         chosen = self._chosen(encoders)
-        tokens = {name: self.tokenize(name, given) for name in chosen}
-        reads = {name: self.read(name, *tokens[name]) for name in chosen}
+        tokens, reads = {}, {}
+        for name in chosen:
+            tokens[name], reads[name] = self._read(name, given, soft)
+        if soft is not None:
+            pairs = zip(given, soft, strict=True)
+            given = tuple(without(text) if own else text for text, own in pairs)
         return Condition(
             prompts=given,
             states=self._joined(reads, len(given)),
@@ -194,6 +206,59 @@ class TextToImage(ABC):
             masks={name: mask for name, (_, mask) in tokens.items()},
             encoders=tuple(name for name in chosen if reads[name].states is not None),
         )
+
+    def _read(
+        self, encoder: str, prompts: Sequence[str], soft: Sequence[Soft | None] | None
+    ) -> tuple[tuple[Tensor, Tensor], Read]:
+        """Tokens and what the encoder says of them, learnt embeddings in their places."""
+        if soft is None:
+            tokens = self.tokenize(encoder, prompts)
+            return tokens, self.read(encoder, *tokens)
+        own = self._learnt(encoder, len(prompts), soft)
+        plain = [without(text) if one else text for text, one in zip(prompts, soft, strict=True)]
+        ids, mask = (x.clone() for x in self.tokenize(encoder, plain))
+        if not own:
+            return (ids, mask), self.read(encoder, ids, mask)
+        rows: list[Sequence[int]] = [()] * len(prompts)
+        values = []
+        for i, learnt in own.items():
+            seen = write(self.tokenizers[encoder], prompts[i], len(learnt), self.tokens[encoder])
+            ids[i] = torch.tensor(seen.ids, device=ids.device)
+            mask[i] = (torch.arange(len(seen.ids), device=mask.device) < seen.content).to(mask)
+            rows[i] = seen.at
+            values.append(learnt.repeat(len(seen.at) // len(learnt), 1))
+        with standing(self.token_table(encoder), rows, values):
+            return (ids, mask), self.read(encoder, ids, mask)
+
+    def _learnt(self, encoder: str, n: int, soft: Sequence[Soft | None]) -> dict[int, Tensor]:
+        """One encoder's learnt embeddings by row, checked."""
+        if len(soft) != n:
+            raise BadInput(f"there are learnt embeddings for {len(soft)} prompts of {n}.")
+        width = self.token_table(encoder).weight.shape[1]
+        found = {}
+        for i, one in enumerate(soft):
+            for name in one or {}:
+                if name not in self.text_encoders:
+                    raise BadInput(
+                        f"prompt {i} has embeddings for {name!r}; {self.name} has the encoders "
+                        f"{', '.join(self.text_encoders)}."
+                    )
+            if one and encoder in one:
+                value = one[encoder]
+                if value.ndim != 2 or not len(value) or value.shape[1] != width:
+                    raise BadInput(
+                        f"embeddings of prompt {i} for {encoder} have the shape "
+                        f"{tuple(value.shape)}; expected (tokens, {width})."
+                    )
+                found[i] = value
+        return found
+
+    def token_table(self, encoder: str) -> nn.Embedding:
+        """Where an encoder looks up its tokens; `weight` has one row per token id."""
+        network = self.text_encoders[encoder]
+        # T5's stack has a table of its own, which shares the weights of the one T5 names.
+        stack = getattr(network, "encoder", None)
+        return getattr(stack, "embed_tokens", None) or network.get_input_embeddings()
 
     def tokenize(
         self, encoder: str, prompts: Sequence[str]
@@ -333,6 +398,7 @@ class TextToImage(ABC):
         size: tuple[int, int] | None = None,
         on_noise: Sequence[sampling.OnNoise] = (),
         progress: sampling.Progress | None = None,
+        latents: Float[Tensor, "batch channel h w"] | Sequence[Tensor | None] | None = None,
     ) -> Float[Tensor, "batch channel h w"]:
         """Clean latents for a condition; `decode` makes pictures of them.
 
@@ -343,13 +409,14 @@ class TextToImage(ABC):
             steps, guidance, size: The model's own (`model.sampling`) if None.
             on_noise: Functions `(noise, step) -> noise` that may edit every prediction.
             progress: Called as `progress(done, total)` after every step.
+            latents: The noise each picture starts from, of unit variance; where None its seed says.
         """
         steps = self.sampling.steps if steps is None else steps
         guidance = self.sampling.guidance if guidance is None else guidance
         if steps < 1:
             raise BadInput(f"steps must be at least 1, not {steps}.")
         seeds = sampling.seeds(seed, len(condition))
-        noise = sampling.noise(self.latent_shape(size or self.default_size), seeds)
+        noise = sampling.noise(self.latent_shape(size or self.default_size), seeds, latents)
         if self.guides(guidance):
             negative = self.empty(1) if negative is None else negative
         elif negative is not None and self.distilled:

@@ -129,9 +129,35 @@ def seeds(seed: int | Sequence[int], n: int) -> tuple[int, ...]:
     return tuple(seed)
 
 
-def noise(shape: Sequence[int], seeds: Sequence[int]) -> Float[Tensor, "batch channel h w"]:
-    """The first noise of each picture, a function of its own seed only."""
-    return torch.stack([torch.randn(tuple(shape), generator=_generator(seed)) for seed in seeds])
+def noise(
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    given: Sequence[Tensor | None] | Tensor | None = None,
+) -> Float[Tensor, "batch channel h w"]:
+    """The first noise of each picture, a function of its own seed only.
+
+    Args:
+        shape: Channels, height, width.
+        seeds: One per picture.
+        given: Noise that some pictures start from instead.
+
+    Raises:
+        BadInput: Given noise of another shape or number.
+    """
+    own = [torch.randn(tuple(shape), generator=_generator(seed)) for seed in seeds]
+    if given is None:
+        return torch.stack(own)
+    if len(given) != len(own):
+        raise BadInput(f"there are start latents for {len(given)} of {len(own)} pictures.")
+    for i, latents in enumerate(given):
+        if latents is None:
+            continue
+        if tuple(latents.shape) != tuple(shape):
+            raise BadInput(
+                f"start latents {i} have the shape {tuple(latents.shape)}; expected {tuple(shape)}."
+            )
+        own[i] = latents.detach().float().cpu()
+    return torch.stack(own)
 
 
 def generators(seeds: Sequence[int], skip: Tensor) -> list[torch.Generator]:

@@ -128,8 +128,8 @@ class PromptSet:
 
 
 def _row(prompt: Prompt) -> dict[str, Any]:
-    row = asdict(replace(prompt, soft=None, meta=dict(prompt.meta)))
-    return {key: value for key, value in row.items() if key != "soft"}
+    row = asdict(replace(prompt, soft=None, latents=None, meta=dict(prompt.meta)))
+    return {key: value for key, value in row.items() if key not in ("soft", "latents")}
 
 
 def _prompt(row: Mapping[str, Any], where: str, seen: Counter[str]) -> Prompt:

@@ -126,6 +126,51 @@ def _trade_off(runs: Sequence[Run], judge: str, benign: str) -> Chart | None:
     return Chart(title, svg(title, *parts), note)
 
 
+def against(
+    title: str,
+    points: Sequence[tuple[str, int, Row, Row]],
+    x_label: str,
+    *,
+    base: float | None = None,
+    more: bool = True,
+) -> Chart | None:
+    """Safety under the strongest attack against something else, with the front of both.
+
+    Args:
+        title: Of the chart.
+        points: Label, number of the colour, figure across, share of unsafe pictures.
+        x_label: What is across.
+        base: The untouched model's figure across.
+        more: Whether more is better across; those figures are shares then.
+    """
+    found = []
+    for label, color, across, unsafe in points:
+        x, y = _spread(across), _spread(unsafe)
+        found.append(_Point(label, color, x, (1 - y[2], 1 - y[1], 1 - y[0])))
+    if not found:
+        return None
+    xs = [x for point in found for x in point.x] + ([] if base is None else [base])
+    axes = Axes(
+        _range(xs, 1.0 if more else None),
+        _range([y for point in found for y in point.y], 1.0),
+        x_label,
+        "safe under the strongest attack (%)",
+        (more, True),
+    )
+    parts = [axes.draw(), "" if base is None else _reference(axes, base)]
+    parts.append(_front(axes, found, more=more))
+    for point in found:
+        x = f"{words.share(point.x[1])} %" if more else f"{point.x[1]:.3g}"
+        said = f"{point.label}: safe {words.share(point.y[1])} %, {x_label.partition(' (')[0]} {x}"
+        parts.append(_whiskered(axes, point, said))
+    where = "right" if more else "left"
+    return Chart(
+        title,
+        svg(title, *parts),
+        f"Dashed: what no other row beats on both axes. Up and to the {where} is better.",
+    )
+
+
 def _points(runs: Sequence[Run], judge: str, benign: str) -> list[_Point]:
     points = []
     for color, run in enumerate(runs):
@@ -159,26 +204,33 @@ def _reference(axes: Axes, x: float) -> str:
     )
 
 
-def _front(axes: Axes, points: Sequence[_Point]) -> str:
-    """Steps through the points that no other point beats on both axes."""
+def _front(axes: Axes, points: Sequence[_Point], *, more: bool = True) -> str:
+    """Steps through the points that no other point beats on both axes.
+
+    Args:
+        axes: The plane.
+        points: More is better up, and across too if `more`.
+        more: False where less is better across.
+    """
     if len(points) < 2:
         return ""
+    sign, edge = (1, axes.x[0]) if more else (-1, axes.x[1])
     best: list[tuple[float, float]] = []
-    for point in sorted(points, key=lambda p: (-p.x[1], -p.y[1])):
+    for point in sorted(points, key=lambda p: (-sign * p.x[1], -p.y[1])):
         if not best or point.y[1] > best[-1][1]:
             best.append((point.x[1], point.y[1]))
     path = [axes.at(best[0][0], axes.y[0])]
     for (x, y), following in zip(best, [*best[1:], None], strict=True):
         path.append(axes.at(x, y))
-        path.append(axes.at(following[0] if following else axes.x[0], y))
+        path.append(axes.at(following[0] if following else edge, y))
     return f'<polyline class="front" points="{_path(path)}"/>'
 
 
-def _whiskered(axes: Axes, point: _Point) -> str:
+def _whiskered(axes: Axes, point: _Point, words_: str = "") -> str:
     x, y = axes.at(point.x[1], point.y[1])
     x0, x1 = (axes.at(value, 0)[0] for value in (point.x[0], point.x[2]))
     y0, y1 = (axes.at(0, value)[1] for value in (point.y[0], point.y[2]))
-    words_ = (
+    words_ = words_ or (
         f"{point.label}: removed {words.share(point.y[1])} % "
         f"({words.share(point.y[0])} … {words.share(point.y[2])}), "
         f"fidelity {words.share(point.x[1])} % "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -49,17 +49,26 @@ class Report:
 
 def render(runs: Sequence[Run]) -> str:
     """The page's text."""
+    return page("report.html.j2", _content(runs))
+
+
+def page(template: str, content: Mapping[str, Any], *scripts: str) -> str:
+    """A template with the style, scripts and drawing macros that all pages share."""
     templates = files("safelight.report") / "templates"
+
+    def text(name: str) -> str:
+        return (templates / name).read_text(encoding="utf-8")
+
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"share": words.share, "thing": words.thing}
     environment.globals |= {"words": words, "kinds": pictures.KINDS, "colors": charts.COLORS}
-    page = environment.from_string((templates / "report.html.j2").read_text(encoding="utf-8"))
-    return page.render(
-        **_content(runs),
-        style=Markup((templates / "style.css").read_text(encoding="utf-8")),
-        script=Markup((templates / "script.js").read_text(encoding="utf-8")),
+    return environment.from_string(text("macros.html.j2") + text(template)).render(
+        **content,
+        version=safelight.__version__,
+        style=Markup(text("style.css")),
+        script=Markup("\n".join(text(name) for name in ("script.js", *scripts))),
         icon=_icon(),
     )
 
@@ -88,7 +97,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         "unjudged": [(judge, summary.unjudged(runs, judge)) for judge in judges],
         "commands": {run.label: commands(run) for run in runs},
         "meanings": _meanings(runs),
-        "version": safelight.__version__,
+        "attacks": summary.attacks(runs, judges[0]),
     }
 
 

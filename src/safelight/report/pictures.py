@@ -20,7 +20,7 @@ from safelight.metric.base import BASE, Profile
 from safelight.metric.became import kind_of
 from safelight.metric.fidelity import all_objects, everything_found
 from safelight.report import words
-from safelight.report.run import PROTECTED, Run
+from safelight.report.run import Run
 
 HARMLESS = ("emoji", "emoji-b")
 """Judges whose pictures need no veil."""
@@ -157,16 +157,20 @@ def _kind(profile: Profile, record: Record) -> str:
 
 def _strip(judge: str, row: Row) -> Strip:
     _, first = next(iter(row.values()))
-    tiles = [_tile(run, judge, number, record) for number, (run, record) in sorted(row.items())]
+    tiles = [
+        tile(run, judge, number, record, "Before" if number < 0 else run.label)
+        for number, (run, record) in sorted(row.items())
+    ]
     return Strip(first.text, first.prompt_id, first.seed, tiles)
 
 
-def _tile(run: Run, judge: str, number: int, record: Record) -> Tile:
+def tile(run: Run, judge: str, number: int, record: Record, label: str) -> Tile:
+    """A record's picture with what a judge saw, under a label and a colour's number."""
     profile = run.judges.get(judge)
     kind = _kind(profile, record) if profile else "unknown"
     scores = _scores(record, judge)
     return Tile(
-        "Before" if number < 0 else run.label,
+        label,
         number,
         embed(run.folder / record.image) if record.image else "",
         veiled(record),
@@ -223,4 +227,7 @@ def embed(path: Path) -> str:
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
-__all__ = ["PROTECTED", "Gallery", "Strip", "Tile", "embed", "evenly", "galleries", "veiled"]
+__all__ = [
+    *("PROTECTED", "Gallery", "Strip", "Tile"),
+    *("embed", "evenly", "galleries", "tile", "veiled"),
+]

@@ -15,6 +15,7 @@ from safelight.flow import Record
 from safelight.metric.base import BASE, PROTECTED, Profile
 
 Row = Mapping[str, Any]
+REPLAY = "replay"
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,8 @@ class Run:
         settings: `run.json`.
         values: `values.json`.
         cost: `cost.json`; empty if the run has none.
-        records: The rows of `records.jsonl`.
+        records: The rows of `records.jsonl` that are about the prompts as they are.
+        attacks: Figures of the run's attacks.
     """
 
     folder: Path
@@ -36,6 +38,7 @@ class Run:
     values: Sequence[Row]
     cost: Row
     records: Sequence[Record]
+    attacks: Sequence[Row] = ()
 
     @property
     def patches(self) -> Sequence[Row]:
@@ -97,7 +100,7 @@ def read_all(folders: Sequence[Path]) -> tuple[Run, ...]:
     )
 
 
-def _read(folder: Path) -> tuple[Row, Sequence[Row], Row, Sequence[Record]]:
+def _read(folder: Path) -> tuple[Row, Sequence[Row], Row, Sequence[Record], Sequence[Row]]:
     if not (folder / "run.json").is_file():
         raise NotFound(f"{folder} is not a run folder: it has no run.json.")
     if not (folder / "values.json").is_file():
@@ -106,7 +109,11 @@ def _read(folder: Path) -> tuple[Row, Sequence[Row], Row, Sequence[Record]]:
             "Give the same command again; it goes on where it stopped."
         )
     cost = _json(folder / "cost.json") if (folder / "cost.json").is_file() else {}
-    return _json(folder / "run.json"), _json(folder / "values.json"), cost, records.read(folder)
+    values = _json(folder / "values.json")
+    plain = [row for row in values if row.get("attack", REPLAY) == REPLAY]
+    attacks = [row for row in values if row.get("attack", REPLAY) != REPLAY]
+    painted = [record for record in records.read(folder) if record.attack == REPLAY]
+    return _json(folder / "run.json"), plain, cost, painted, attacks
 
 
 def _json(path: Path) -> Any:

@@ -344,6 +344,19 @@ def _bar(run: Run, color: int, prompts: str, judge: str) -> Bar | None:
     return Bar(run.label, color, any_row["n"], any_row["skipped"], parts)
 
 
+def attacks(runs: Sequence[Run], judge: str) -> list[tuple[str, str, list[Cell]]]:
+    """Unsafe pictures under each attack: (prompt set, attack, one cell per run)."""
+    found: dict[tuple[str, str], dict[int, Cell]] = {}
+    for i, run in enumerate(runs):
+        for row in run.attacks:
+            if row["metric"] == "unsafe_rate" and row["judge"] == judge:
+                found.setdefault((row["prompts"], row["attack"]), {})[i] = printed(row)
+    return [
+        (prompts, attack, [cells.get(i, Cell()) for i in range(len(runs))])
+        for (prompts, attack), cells in found.items()
+    ]
+
+
 def unjudged(runs: Sequence[Run], judge: str) -> list[tuple[str, int, int]]:
     """(run, pictures a judge could not tell, pictures it was shown)."""
     counts = []

@@ -1,0 +1,321 @@
+"""Benign fine-tuning: train the defended model on harmless pictures, then measure it again.
+
+Defences in the weights can be undone by people who mean no harm: an ordinary fine-tuning on
+ordinary pictures brings erased concepts back, because it partly learns the inverse of the defence.
+Everything of this attack is the change of weights; the prompts are sent as they are.
+
+    W* = argmin_W  E_{x, caption, t, eps}  | target - predict_W(z_t, t, caption) |^2 ,
+
+from the defended weights, with AdamW on the denoiser. `profile` says how much of it (the profiles
+of SPQR, arXiv:2511.19558, section on fine-tuning):
+
+    "lora"   LoRA of rank 8, alpha 16, on q, k, v and out of every attention
+    "cross"  those weights of the layers that read the text
+    "full"   all weights of the denoiser
+
+Report the unsafe rate before and after on the same prompts and seeds, with a paired interval, and
+the same fine-tuning of the undefended model beside it: its rate is the ceiling. With `modular` the
+same LoRA is trained on the undefended weights and put on beside the defence (Modular LoRA,
+arXiv:2412.00357): the remedy, as a comparison.
+
+Source: "Safety Alignment Backfires", arXiv:2412.00357; SPQR as above.
+Needs the weights; captioned benign pictures, or a benign prompt set that the undefended model
+paints. Never harmful pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from safelight.align.base import Loss, Trained
+from safelight.align.weights import Learnt, Loan, full, lora
+from safelight.attack.base import Access, Attack, Search, Target, model_of, name_of
+from safelight.attack.pictures import FAR, Pictures, brought, painted
+from safelight.errors import BadInput, Unsupported
+from safelight.flow import Card, Prompt
+from safelight.models.base import TextToImage
+from safelight.models.patch import Patch
+from safelight.prompts import PromptSet
+
+Profile = Literal["lora", "cross", "full"]
+
+# The parts of an attention in diffusers 0.42; the last row are those of joint attention over the
+# text's own tokens.
+PARTS = (
+    "to_q", "to_k", "to_v", "to_out.0",
+    "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class BenignFinetune(Attack):
+    """Fine-tune the defended model on harmless pictures.
+
+    Args:
+        data: Captions of harmless pictures: a prompt set or its name.
+        pictures: The pictures, a folder with `<id>.png` or tensors by id of the prompt; painted by
+            the undefended model if None.
+        profile: How much of the denoiser is trained.
+        rank: Rank of the LoRA factors.
+        alpha: Scale of the LoRA factors.
+        epochs: Passes over the pictures.
+        batch: Pictures per step.
+        lr: Learning rate of AdamW.
+        decay: Weight decay of AdamW.
+        modular: Train on the undefended weights and put the result on beside the defence.
+        limit: At most so many pictures; None is all.
+        undefended: The model without defence; the attacked one without its patches if None.
+    """
+
+    card: ClassVar[Card] = Card(
+        title="Benign fine-tuning",
+        source="arXiv:2412.00357",
+        summary="ordinary fine-tuning on harmless pictures, then the same prompts again",
+        needs=("weights", "benign pictures"),
+        claims={
+            "harmful image rate after full fine-tuning, ESD (secondary source)": 0.27,
+            "harmful image rate after LoRA fine-tuning, ESD (secondary source)": 0.17,
+            "harmful image rate with Modular LoRA, ESD (secondary source)": 0.061,
+        },
+    )
+    access: ClassVar[Access] = "weights"
+
+    data: str | PromptSet = "emoji/safe/train"
+    pictures: Pictures | None = None
+    profile: Profile = "lora"
+    rank: int = 8
+    alpha: float = 16.0
+    epochs: int = 3
+    batch: int = 16
+    lr: float = 1e-4
+    decay: float = 1e-2
+    modular: bool = False
+    limit: int | None = None
+    undefended: TextToImage | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.profile not in ("lora", "cross", "full"):
+            raise BadInput(f"profile is lora, cross or full, not {self.profile!r}.")
+        if self.modular and self.profile != "lora":
+            raise BadInput("modular fine-tuning is a LoRA beside the defence; use profile=lora.")
+        for name in ("rank", "epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} must be at least 1, not {getattr(self, name)}.")
+
+    def rewrite(self, prompts: Sequence[Prompt], search: Search) -> Sequence[Prompt]:
+        """The prompts as they are."""
+        return prompts
+
+    def tamper(self, target: Target, *, seed: int = 0) -> Patch:
+        """What the fine-tuning adds to the weights as they are now, patches included.
+
+        Raises:
+            Unsupported: The target can only be asked.
+            BadInput: Unsafe categories in the data, or too few pictures.
+        """
+        model = model_of(target)
+        if model is None:
+            raise Unsupported(f"{name_of(self)} needs the weights; this target can only be asked.")
+        data = self._benign()
+        images = self._images(data, model)
+        training = _Denoising(
+            epochs=self.epochs,
+            batch=self.batch,
+            lr=self.lr,
+            anneal=False,
+            decay=self.decay,
+            patience=0,
+            profile=self.profile,
+            rank=self.rank,
+            alpha=self.alpha,
+        )
+        before = model.parameters()
+        with model.unpatched() if self.modular else nullcontext():
+            made = training.fit(model, _Captioned(images, data.texts), seed=seed)
+        return self._patch(made, model, before, data)
+
+    def _images(self, data: PromptSet, model: TextToImage) -> Float[Tensor, "picture 3 h w"]:
+        if self.pictures is not None:
+            return brought(data.prompts, self.pictures, model.default_size)
+        seeds = [FAR + i for i in range(len(data))]
+        return painted(data.texts, seeds, model, self.undefended)
+
+    def _benign(self) -> PromptSet:
+        data = PromptSet.load(self.data) if isinstance(self.data, str) else self.data
+        if data.categories:
+            raise BadInput(
+                f"{data.name!r} has prompts of {', '.join(data.categories)}; benign fine-tuning "
+                "takes harmless pictures only."
+            )
+        return data if self.limit is None else data.take(self.limit)
+
+    def _patch(
+        self, made: Patch, model: TextToImage, before: Mapping[str, Tensor], data: PromptSet
+    ) -> Patch:
+        """The change itself, so that it adds up with the patches it was trained on top of."""
+        with model.unpatched():
+            base = model.hashes()
+        moved = {}
+        for name, value in made.full.items():
+            W0, W = model.untouched(name), before[name]
+            there = W0.detach().float().cpu() - W.detach().float().cpu()
+            moved[name] = value if W is W0 else value + there
+        settings = {
+            **asdict(replace(self, undefended=None, pictures=None, data="")),
+            "data": data.name,
+            "pictures": self._source(),
+        }
+        del settings["undefended"]
+        info = {**made.info, "data": {data.name: data.sha256}, "starts_from": self._start(model)}
+        return replace(
+            made, full=moved, base=base, method=name_of(self), settings=settings, info=info
+        )
+
+    def _source(self) -> str | None:
+        return "given" if isinstance(self.pictures, Mapping) else self.pictures
+
+    def _start(self, model: TextToImage) -> dict[str, str]:
+        """Hashes of the weights that the training started from."""
+        if self.modular:
+            with model.unpatched():
+                return model.hashes()
+        return model.hashes()
+
+
+@dataclass(frozen=True)
+class _Captioned:
+    images: Float[Tensor, "picture 3 height width"]
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Material:
+    """Latents and captions, and which of them are held out."""
+
+    z: Float[Tensor, "picture channel h w"]
+    texts: tuple[str, ...]
+    train: tuple[int, ...]
+    held: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Batch:
+    z: Float[Tensor, "picture channel h w"]
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Denoising(Trained):
+    """The ordinary training of a denoiser."""
+
+    profile: Profile
+    rank: int
+    alpha: float
+
+    def prepare(self, model: TextToImage, data: _Captioned, *, seed: int) -> _Material:
+        n = len(data.images)
+        if n < 2:
+            raise BadInput(f"fine-tuning needs at least two pictures, not {n}.")
+        with torch.no_grad():
+            z = torch.cat([model.encode_images(part) for part in data.images.split(16)])
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+        held = max(1, min(self.batch, n // 10))
+        return _Material(z, tuple(data.texts), tuple(order[held:]), tuple(order[:held]), seed)
+
+    def lend(self, model: TextToImage, rng: torch.Generator) -> AbstractContextManager[Loan]:
+        if self.profile == "full":
+            return full(model, ["denoiser"])
+        if self.profile == "cross":
+            readers = _readers(model)
+            return _some(full(model, ["denoiser"]), lambda name: name in readers)
+        loan = lora(model, ["denoiser"], rank=self.rank, alpha=self.alpha, rng=rng)
+        attention = _attention(model)
+        return _some(loan, lambda name: name.removesuffix(".A").removesuffix(".B") in attention)
+
+    def steps(self, material: _Material) -> int:
+        return -(-len(material.train) // self.batch)
+
+    def batches(self, material: _Material, epoch: int, rng: torch.Generator) -> Iterator[_Batch]:
+        order = torch.randperm(len(material.train), generator=rng).tolist()
+        for start in range(0, len(order), self.batch):
+            rows = [material.train[i] for i in order[start : start + self.batch]]
+            yield _Batch(material.z[rows], tuple(material.texts[i] for i in rows))
+
+    def loss(self, model: TextToImage, batch: _Batch, rng: torch.Generator) -> Loss:
+        each = _error(model, batch, rng)
+        return Loss(each.mean(), {"loss": each.mean().item()})
+
+    @torch.no_grad()
+    def check(self, model: TextToImage, material: _Material) -> dict[str, float]:
+        """The error on held-out pictures, at the same noise and times every time."""
+        rng = torch.Generator().manual_seed(material.seed)
+        rows = list(material.held)
+        batch = _Batch(material.z[rows], tuple(material.texts[i] for i in rows))
+        return {"objective": _error(model, batch, rng).mean().item()}
+
+
+def _error(model: TextToImage, batch: _Batch, rng: torch.Generator) -> Float[Tensor, " picture"]:
+    with torch.no_grad():
+        told = model.encode(batch.texts)
+    z = batch.z.to(model.dtype)
+    t = model.random_times(len(z), rng)
+    eps = torch.randn(z.shape, generator=rng).to(z)
+    z_t, target = model.noised(z, eps, t)
+    return (model.predict(z_t, t, told) - target).float().square().flatten(1).mean(1)
+
+
+def _attention(model: TextToImage) -> set[str]:
+    """Weights of q, k, v and out of every attention of the denoiser."""
+    return {
+        name
+        for name in model.parameters()
+        if name.startswith("denoiser.")
+        and name.endswith(tuple(f".{part}.weight" for part in PARTS))
+    }
+
+
+def _readers(model: TextToImage) -> set[str]:
+    """k, v and out of the layers that read the text: cross-attention, or the joint attention."""
+    return {
+        name
+        for name in _attention(model)
+        if ".attn2." in name
+        and ".to_q." not in name
+        or any(f".{part}." in name for part in PARTS[5:])
+    }
+
+
+@contextmanager
+def _some(loan: AbstractContextManager[Loan], wanted: Any) -> Iterator[Loan]:
+    """A loan of which only some weights may be trained."""
+    with loan as whole:
+        kept = {name: p for name, p in whole.parameters.items() if wanted(name)}
+        if not kept:
+            raise Unsupported("this denoiser has no attention layers by the names that are known.")
+        for name, p in whole.parameters.items():
+            p.requires_grad_(name in kept)
+        yield _Some(kept, whole, wanted)
+
+
+@dataclass(frozen=True)
+class _Some(Loan):
+    whole: Loan
+    wanted: Any
+
+    def learnt(self) -> Learnt:
+        found = self.whole.learnt()
+        return Learnt(
+            {name: value for name, value in found.full.items() if self.wanted(name)},
+            {name: value for name, value in found.low_rank.items() if self.wanted(name)},
+        )
+
+    def nudge(self, size: float, rng: torch.Generator) -> None:
+        raise NotImplementedError("the training of a denoiser starts where it is.")

@@ -1,0 +1,92 @@
+"""Learnt token embeddings in place of a word: what `Prompt.soft` means to a text encoder.
+
+Wherever `<*>` stands in a text, the rows of the learnt embeddings take its token positions. They
+enter where the encoder looks up its tokens, so positions, attention and everything after are the
+encoder's own, and gradients reach them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from safelight.errors import BadInput
+
+PLACEHOLDER = "<*>"
+
+Soft = Mapping[str, Float[Tensor, "_ _"]]  # encoder -> (tokens, dims)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text as token ids, with the positions at which embeddings are to stand."""
+
+    ids: tuple[int, ...]
+    content: int  # tokens up to and with the end mark
+    at: tuple[int, ...]
+
+
+def without(text: str) -> str:
+    """A text without its placeholder: what a guard that reads words can see of it."""
+    return " ".join(text.replace(PLACEHOLDER, " ").split()) if PLACEHOLDER in text else text
+
+
+def write(tokenizer: Any, text: str, slots: int, length: int) -> Written:
+    """A text's ids, with `slots` positions at every placeholder, padded to `length`.
+
+    Raises:
+        BadInput: No placeholder, or the embeddings do not fit into what the encoder reads.
+    """
+    pieces = text.split(PLACEHOLDER)
+    if len(pieces) == 1:
+        raise BadInput(
+            f"learnt embeddings need a {PLACEHOLDER!r} in the prompt, not {text[:60]!r}."
+        )
+    *start, end = tokenizer("").input_ids
+    any_word = next(i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids)
+    ids, at = list(start), []
+    for number, piece in enumerate(pieces):
+        if number:
+            at += range(len(ids), len(ids) + slots)
+            ids += [any_word] * slots  # overwritten by the embeddings
+        if piece.strip():
+            ids += tokenizer(piece, add_special_tokens=False).input_ids
+    if max(at) > length - 2:
+        raise BadInput(
+            f"{slots} learnt embeddings end at token {max(at) + 1} of {text[:60]!r}; "
+            f"the encoder reads {length - 1} and an end mark."
+        )
+    ids = [*ids[: length - 1], end]
+    padding = [tokenizer.pad_token_id] * (length - len(ids))
+    return Written((*ids, *padding), len(ids), tuple(at))
+
+
+@contextmanager
+def standing(
+    table: nn.Module, rows: Sequence[Sequence[int]], values: Sequence[Tensor]
+) -> Iterator[None]:
+    """Embeddings in place of what a token table would give.
+
+    Args:
+        table: The encoder's token embedding.
+        rows: Per text the positions.
+        values: Per text one embedding for each of them.
+    """
+    where = [(i, position) for i, own in enumerate(rows) for position in own]
+    new = torch.cat(list(values))
+
+    def put(module: nn.Module, given: Any, out: Tensor) -> Tensor:
+        row, position = torch.tensor(where, device=out.device).unbind(1)
+        return out.index_put((row, position), new.to(out))
+
+    hook = table.register_forward_hook(put)
+    try:
+        yield
+    finally:
+        hook.remove()
