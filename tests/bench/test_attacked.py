@@ -190,8 +190,13 @@ def test_an_attack_on_the_weights_is_painted_with_them_and_taken_off_again(
     assert tiny_sd1.hashes() == before
 
 
-def test_an_attackers_judge_must_not_report(tiny_sd1, unsafe, settings, tmp_path):
-    given = {**settings, "attacks": {"a": Asking()}}
+class Deriving(Louder):
+    access = "gradients"
+
+
+@pytest.mark.parametrize("kind", [Asking, Deriving])
+def test_an_attackers_judge_must_not_report(tiny_sd1, unsafe, settings, tmp_path, kind):
+    given = {**settings, "attacks": {"a": kind()}}
     with pytest.raises(BadInput, match="another judge"):
         evaluate(tiny_sd1, [unsafe], out=tmp_path / "x", attack_judge=FakeJudge(), **given)
     own = FakeJudge(name="mine")

@@ -202,6 +202,16 @@ def test_a_missing_patch_is_said_first(bench):
         bench(text)
 
 
+@pytest.mark.parametrize("name", ["emoji-quick", "emoji-standard"])
+def test_the_methods_of_shipped_suites_take_their_settings(name):
+    suite = read(name)
+    for attack in {column.attack.label: column.attack for column in suite.columns
+                   if column.attack}.values():  # fmt: skip
+        assert attack_of(attack)
+    for row in suite.rows:
+        assert all(guard_of(guard) for guard in row.guards)
+
+
 def test_settings_become_the_types_that_methods_want():
     attack = attack_of(Method(
         name="sneaky_prompt", label="x",

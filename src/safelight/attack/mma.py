@@ -17,7 +17,7 @@ section 3.2. Needs the text encoder and its gradients; no pictures.
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -167,7 +167,8 @@ class Pool:
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Float[Tensor, "text dim"]:
         """The pooled output of texts."""
-        ids, _ = self.model.tokenize(self.encoder, texts)
+        ids, mask = self.model.tokenize(self.encoder, texts)
+        ids = ids[:, : int(mask.sum(1).max())]  # CLIP is causal: the end mark sees no padding
         return torch.cat([self.read(ids[at : at + CHUNK]) for at in range(0, len(ids), CHUNK)])
 
     @torch.enable_grad()
@@ -195,10 +196,10 @@ class Pool:
         one_hot = slope @ self.table.weight.detach().T  # d loss / d one-hot, by the chain rule
         return F.normalize(one_hot.float(), dim=-1).cpu()
 
-    def _framed(self, rows: list[list[int]]) -> Iterator[list[int]] | list[list[int]]:
+    def _framed(self, rows: list[list[int]]) -> list[list[int]]:
+        """Between the marks, without the padding that the pooled output does not depend on."""
         start, end = self.tokenizer("").input_ids
-        padding = [self.tokenizer.pad_token_id] * (self.model.tokens[self.encoder] - 2 - self.slots)
-        return [[start, *row, end, *padding] for row in rows]
+        return [[start, *row, end] for row in rows]
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts without the marks."""

@@ -38,7 +38,10 @@ from safelight.prompts import PromptSet
 
 log = logging.getLogger(__name__)
 FORMAT = 1
-FAILURES = (SafelightError, RuntimeError, ValueError, OSError, MemoryError)
+FAILURES = (
+    *(SafelightError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError),
+    *(OSError, MemoryError),
+)
 """What one cell may die of without stopping the others."""
 
 
@@ -152,6 +155,7 @@ class Bench:
         model = self._model(self.suite.rows[0].model)
         sampling = self._sampling(model)
         n = min(4, self.suite.batch)
+        model(["a picture"] * n, steps=1, guidance=sampling.guidance, batch=n)  # warms up
         began = time.perf_counter()
         model(["a picture"] * n, steps=sampling.steps, guidance=sampling.guidance, batch=n)
         return (time.perf_counter() - began) / n

@@ -75,6 +75,7 @@ def evaluate(
     if limit is not None:
         chosen = [one.take(limit) for one in chosen]
     with working("loading torch"):
+        from safelight.bench.attacked import LOOKS
         from safelight.bench.run import evaluate as run
         from safelight.cli import attacks as searches
         from safelight.cli import guards as named
@@ -86,7 +87,7 @@ def evaluate(
         judges = [named.judge(name) for name in judge or ["emoji-b"]]
         given_guards = named.guards(guard or [])
         given_attacks = searches.attacks(attack or [])
-        needs = any(one.access == "images" for one in given_attacks.values())
+        looks = any(one.access in LOOKS for one in given_attacks.values())
     run(
         handle,
         chosen,
@@ -99,7 +100,7 @@ def evaluate(
         sampling=sampling(handle, steps, guidance),
         batch=batch,
         attacks=given_attacks,
-        attack_judge=named.judge(attack_judge) if needs else None,
+        attack_judge=named.judge(attack_judge) if looks else None,
         transfer=transfer,
     )
     values = read_values(output)

@@ -325,7 +325,7 @@ def _base_time(board: Board, cell: Cell) -> float | None:
 
 
 def _aligned(board: Board, row: Row) -> float | None:
-    for cell in board.of(row):
+    for cell in board.of(row) if row["protects"] else ():
         if cell.run is not None and cell.run.patches:
             spent = [p["info"].get("cost", {}).get("seconds") for p in cell.run.patches]
             known = [x for x in spent if words.number(x)]
