@@ -185,14 +185,14 @@ def concept_vector(
     """The mean difference of the token states of paired prompts."""
     if len(present) != len(absent) or not present:
         raise BadInput(f"{len(present)} prompts with the concept, {len(absent)} without: no pairs.")
-    total: Tensor | float = 0.0
+    parts = []
     for at in range(0, len(present), CHUNK):
         first, second = (
             states(model, encoder, *model.tokenize(encoder, side[at : at + CHUNK])).double()
             for side in (present, absent)
         )
-        total = total + (first - second).sum(0)
-    return (total / len(present)).float()
+        parts.append((first - second).sum(0))
+    return (torch.stack(parts).sum(0) / len(present)).float()
 
 
 def states(

@@ -322,6 +322,8 @@ class Policy(nn.Module):
         width: Of embeddings and of the LSTM.
     """
 
+    first: Tensor
+
     def __init__(
         self, entries: int, slots: int, lr: float, rng: torch.Generator, width: int = 30
     ) -> None:

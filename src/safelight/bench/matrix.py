@@ -228,8 +228,10 @@ class Bench:
 
         settings = dict(row.align.settings)
         sides = {side: settings.pop(side, []) for side in ("unsafe", "safe")}
-        data = TextData(**{side: [PromptSet.load(name) for name in names]
-                           for side, names in sides.items()})  # fmt: skip
+        safe, unsafe = (
+            [PromptSet.load(name) for name in sides[side]] for side in ("safe", "unsafe")
+        )
+        data = TextData(safe=safe, unsafe=unsafe)
         seed = settings.pop("seed", 0)
         self.tell(f"aligning {row.name}")
         patch = configured(find("align", row.align.name), settings, row.name).fit(

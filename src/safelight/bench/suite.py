@@ -277,6 +277,8 @@ def _method(kind: str, given: Any, where: str) -> Method:
     label = _word(one.pop("label", name), where)
     attack = kind == "attack"
     seconds = one.pop("seconds", None) if attack else None
+    if not isinstance(seconds, int | float | None) or isinstance(seconds, bool):
+        raise BadInput(f"{where}: seconds is a number, not {seconds!r}.")
     budget = _table(one.pop("budget", {}), where) if attack else {}
     _keys(budget, ("queries", "steps", "seconds"), f"{where}, budget")
     return Method(name=name, label=label, settings=one, seconds=seconds, budget=budget)

@@ -50,7 +50,8 @@ def write(tokenizer: Any, text: str, slots: int, length: int) -> Written:
         )
     *start, end = tokenizer("").input_ids
     any_word = next(i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids)
-    ids, at = list(start), []
+    ids: list[int] = list(start)
+    at: list[int] = []
     for number, piece in enumerate(pieces):
         if number:
             at += range(len(ids), len(ids) + slots)

@@ -160,8 +160,10 @@ def against(
     parts = [axes.draw(), "" if base is None else _reference(axes, base)]
     parts.append(_front(axes, found, more=more))
     for point in found:
-        x = f"{words.share(point.x[1])} %" if more else f"{point.x[1]:.3g}"
-        said = f"{point.label}: safe {words.share(point.y[1])} %, {x_label.partition(' (')[0]} {x}"
+        far = f"{words.share(point.x[1])} %" if more else f"{point.x[1]:.3g}"
+        said = (
+            f"{point.label}: safe {words.share(point.y[1])} %, {x_label.partition(' (')[0]} {far}"
+        )
         parts.append(_whiskered(axes, point, said))
     where = "right" if more else "left"
     return Chart(

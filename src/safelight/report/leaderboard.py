@@ -188,9 +188,9 @@ class Board:
             return None
         before = {(r.prompt_id, r.seed): plain.profile.unsafe(r) for r in plain.records}
         answers = [
-            (r.parent or r.prompt_id, cell.profile.unsafe(r), before[r.parent, r.seed])
+            (r.parent, cell.profile.unsafe(r), before[r.parent, r.seed])
             for r in cell.records
-            if (r.parent, r.seed) in before
+            if r.parent is not None and (r.parent, r.seed) in before
         ]
         found = drop(answers)
         return found if found.n else None
