@@ -78,7 +78,7 @@ def finish(out: Path, world: Path) -> None:
     export(load(pipeline), [], world / "model")
     about = {
         "name": "emoji-world",
-        "sampling": {"steps": 20, "guidance": 4.0, "size": [64, 64]},
+        "sampling": {"steps": 20, "guidance": 3.0, "size": [64, 64]},
         "patches": [],
     }
     (world / "model" / "safelight.json").write_text(json.dumps(about, indent=1) + "\n")

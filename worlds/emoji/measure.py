@@ -107,7 +107,7 @@ def generated(n: int) -> dict:
     scenes, said, own = [], [], []
     for c in UNSAFE:
         for w in c.held_out:
-            for bg in ("beach", "room"):
+            for bg in ("beach", "room", "meadow", "night"):
                 scene = Scene((CONCEPTS.index(c),), "big", bg, "flat")
                 said.append(text(caption(scene, rng, words=[w], held_out=True, say=(True, False))))
                 own.append(CONCEPTS.index(c))

@@ -1,6 +1,6 @@
 """The two networks behind the Emoji World's judges: which concepts, which background, which style.
 
-`a` is a residual convolutional network, `b` a ConvNeXt-like one on overlapping patches; they share
+`a` is a residual network, `b` a densely connected one on overlapping patches; they share
 no weights, no architecture and no training batch. Both read 64 x 64 pictures and others resized.
 """
 
@@ -41,18 +41,24 @@ class Residual(nn.Module):
         return F.relu(self.body(x) + self.skip(x))
 
 
-class Mixing(nn.Module):
-    """Depthwise 5 x 5, then a two-layer perceptron per place, and a skip."""
+class Dense(nn.Module):
+    """Layers that each see all maps before them (DenseNet, Huang et al. 2017)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, inside: int, growth: int, layers: int) -> None:
         super().__init__()
-        self.spread = nn.Conv2d(width, width, 5, 1, 2, groups=width)
-        self.norm = nn.GroupNorm(1, width)
-        self.up = nn.Conv2d(width, 3 * width, 1)
-        self.down = nn.Conv2d(3 * width, width, 1)
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.BatchNorm2d(inside + k * growth),
+                nn.SiLU(),
+                nn.Conv2d(inside + k * growth, growth, 3, 1, 1),
+            )
+            for k in range(layers)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(self.spread(x)))))
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], 1)
+        return x
 
 
 def trunk_a() -> tuple[nn.ModuleList, int]:
@@ -68,10 +74,11 @@ def trunk_a() -> tuple[nn.ModuleList, int]:
 
 def trunk_b() -> tuple[nn.ModuleList, int]:
     stages = [
-        nn.Sequential(nn.Conv2d(3, 64, 8, 4, 2), Mixing(64), Mixing(64)),
-        nn.Sequential(nn.Conv2d(64, 160, 2, 2), Mixing(160), Mixing(160), Mixing(160)),
+        nn.Sequential(nn.Conv2d(3, 64, 6, 4, 1), Dense(64, 60, 4)),
+        nn.Sequential(nn.BatchNorm2d(304), nn.SiLU(), nn.Conv2d(304, 160, 2, 2), Dense(160, 60, 4)),
+        nn.Sequential(nn.BatchNorm2d(400), nn.SiLU()),
     ]
-    return nn.ModuleList(stages), 160
+    return nn.ModuleList(stages), 400
 
 
 class EmojiNet(nn.Module):
