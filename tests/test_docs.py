@@ -137,4 +137,17 @@ def test_every_error_is_explained():
 def test_no_snippet_is_in_a_language_that_is_not_run():
     for page in PAGES:
         fences = re.findall(r"^```(\w+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-        assert set(fences) <= {"python", "console", "json", "text"}, page.name
+        assert set(fences) <= {"python", "console", "json", "text", "toml"}, page.name
+
+
+def test_every_toml_snippet_is_a_suite(tmp_path):
+    from safelight.bench.suite import read
+
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for i, snippet in enumerate(re.findall(r"^```toml\n(.*?)^```$", text, re.M | re.S)):
+            file = tmp_path / f"{page.stem}-{i}.toml"
+            file.write_text(snippet)
+            for patch in re.findall(r'patches = \["([^"]+)"\]', snippet):
+                (tmp_path / patch).mkdir(exist_ok=True)
+            assert read(file).rows
