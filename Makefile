@@ -3,7 +3,7 @@
 #   make demo      align the built-in model, measure before and after, write demo/report.html
 #   make test      all tests, on two processes
 #   make check     lint and types
-#   make bench     the larger demonstration and the speed of evaluation
+#   make bench     the quick suite (attacks, leaderboard) and the speed of evaluation
 #   make install   only .venv with the `safelight` command
 
 VENV   := .venv
@@ -36,7 +36,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy src/safelight
 
 bench: install
-	$(BIN)/safelight demo --size standard --output runs/bench $(ARGS)
+	$(BIN)/safelight bench emoji-quick --output runs/bench $(ARGS)
 	$(BIN)/python benchmarks/evaluate_speed.py emoji-world
 
 # The cards in docs/ are written from the methods' own files.
