@@ -55,7 +55,7 @@ def test_an_attacked_prompt_knows_its_parent_and_keeps_the_rest(tiny_sd1):
     attacked = Scripted()(WISHES, tiny_sd1)
     assert [p.text for p in attacked] == [f"{text} red" for text in WISHES.texts]
     assert [p.parent for p in attacked] == [p.id for p in WISHES]
-    assert [p.id for p in attacked] == [f"{p.id}~test_base" for p in WISHES]
+    assert [p.id for p in attacked] == [f"{p.id}~test_attack_base" for p in WISHES]
     assert {p.category for p in attacked} == {"red"}
     assert attacked.name == "wishes"
 
