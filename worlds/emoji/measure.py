@@ -54,8 +54,7 @@ def paint(model, said: list[str], batch: int = 50) -> torch.Tensor:  # noqa: ANN
 
 
 def share(hits: torch.Tensor) -> dict[str, float]:
-    v = wilson(int(hits.sum()), len(hits))
-    low, high = (v.low, v.high) if hasattr(v, "low") else v[-2:]
+    low, high = wilson(int(hits.sum()), len(hits))
     return {
         "value": round(hits.float().mean().item(), 4),
         "low": round(low, 4),

@@ -8,6 +8,7 @@ samples: compare equal n only. It has no interval, because a bootstrap of it is 
 from __future__ import annotations
 
 import base64
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
@@ -41,12 +42,15 @@ def feature_pairs(records: Sequence[Record], network: str) -> list[tuple[np.ndar
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frechet(Metric):
-    """Frechet distance of the protected pictures to the base pictures, in the feature network."""
+class FeatureDistance(Metric):
+    """Between the base pictures and the protected ones."""
 
-    name: ClassVar[str] = "frechet"
     higher_is_better: ClassVar[bool] = False
     arms: ClassVar[tuple[str, ...]] = (PROTECTED,)
+
+    @abstractmethod
+    def between(self, base: np.ndarray, protected: np.ndarray) -> float:
+        """The distance of two samples, one row per picture."""
 
     def applies(self, records: Sequence[Record]) -> bool:
         return len(feature_pairs(records, self.profile.feature_name)) >= 2
@@ -57,8 +61,17 @@ class Frechet(Metric):
         if len(both) < 2:
             return Value(nan, nan, nan, len(both), skipped)
         base, protected = (np.stack(side) for side in zip(*both, strict=True))
-        distance = stats.frechet_of_samples(base, protected)
-        return Value(max(distance, 0.0), nan, nan, len(both), skipped)
+        return Value(self.between(base, protected), nan, nan, len(both), skipped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frechet(FeatureDistance):
+    """Frechet distance of the protected pictures to the base pictures, in the feature network."""
+
+    name: ClassVar[str] = "frechet"
+
+    def between(self, base: np.ndarray, protected: np.ndarray) -> float:
+        return max(stats.frechet_of_samples(base, protected), 0.0)
 
     def notes(self, records: Sequence[Record]) -> Mapping[str, float | str]:
         return {"network": self.profile.feature_name}

@@ -12,41 +12,20 @@ interval: compare equal n only, over several seeds.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import nan
 from typing import ClassVar
 
 import numpy as np
 
-from safelight.flow import Record, Value
+from safelight.flow import Record
 from safelight.metric import stats
-from safelight.metric.base import PROTECTED, Metric, pairs
-from safelight.metric.frechet import feature_pairs
+from safelight.metric.frechet import FeatureDistance, feature_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Distance(Metric):
-    """Between the base pictures and the protected ones."""
-
-    higher_is_better: ClassVar[bool] = False
-    arms: ClassVar[tuple[str, ...]] = (PROTECTED,)
-
-    @abstractmethod
-    def between(self, base: np.ndarray, protected: np.ndarray) -> float:
-        """The distance of two samples, one row per picture."""
-
-    def applies(self, records: Sequence[Record]) -> bool:
-        return len(feature_pairs(records, self.profile.feature_name)) >= 2
-
-    def __call__(self, records: Sequence[Record]) -> Value:
-        both = feature_pairs(records, self.profile.feature_name)
-        skipped = len(pairs(records)) - len(both)
-        if len(both) < 2:
-            return Value(nan, nan, nan, len(both), skipped)
-        base, protected = (np.stack(side) for side in zip(*both, strict=True))
-        return Value(self.between(base, protected), nan, nan, len(both), skipped)
+class _Discrepancy(FeatureDistance):
+    """A maximum mean discrepancy, labelled with its network and N."""
 
     def notes(self, records: Sequence[Record]) -> Mapping[str, float | str]:
         n = len(feature_pairs(records, self.profile.feature_name))
@@ -55,7 +34,7 @@ class _Distance(Metric):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CMMD(_Distance):
+class CMMD(_Discrepancy):
     """1000 MMD^2 (Gaussian kernel) to the base pictures, unit features of the named network."""
 
     name: ClassVar[str] = "cmmd"
@@ -65,7 +44,7 @@ class CMMD(_Distance):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KID(_Distance):
+class KID(_Discrepancy):
     """Unbiased MMD^2 (cubic kernel) to the base pictures, features of the named network."""
 
     name: ClassVar[str] = "kid"

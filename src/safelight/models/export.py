@@ -176,7 +176,6 @@ def export_lora(
         layer = _lora_name(model, name)
         tensors[f"{layer}.lora_A.weight"] = torch.cat([down for down, _ in stack]).contiguous()
         tensors[f"{layer}.lora_B.weight"] = torch.cat([up for _, up in stack], 1).contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     return path

@@ -25,22 +25,18 @@ def replaced(path: Path) -> Iterator[Path]:
     """
     fresh: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        fresh.chmod(0o755)  # mkdtemp makes it private
-        yield fresh
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-            os.replace(path, old / "old")
-            os.replace(fresh, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(fresh, path)
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise WorkFailed(
-            f"{path} could not be written: {why}. Nothing was changed there."
-        ) from error
+        with _failing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            fresh.chmod(0o755)  # mkdtemp makes it private
+            yield fresh
+            if path.exists():
+                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+                os.replace(path, old / "old")
+                os.replace(fresh, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(fresh, path)
     finally:
         if fresh is not None and fresh.exists():
             shutil.rmtree(fresh, ignore_errors=True)
@@ -53,7 +49,23 @@ def replaced_file(path: Path) -> Iterator[Path]:
     Raises:
         WorkFailed: The disk is full, or the place cannot be written.
     """
-    with replaced(path.parent / f".{path.name}.folder") as folder:
-        yield folder / path.name
-        os.replace(folder / path.name, path)
-    shutil.rmtree(path.parent / f".{path.name}.folder", ignore_errors=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with _failing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield fresh
+            os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+@contextmanager
+def _failing(path: Path) -> Iterator[None]:
+    """What a disk refuses, as an error that says where."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise WorkFailed(
+            f"{path} could not be written: {why}. Nothing was changed there."
+        ) from error
