@@ -30,6 +30,21 @@ def table(kind: str) -> Mapping[str, str]:
     return dict(sorted({**plugins, **own}.items()))
 
 
+def learner(name: str) -> Any:
+    """The class behind the name of something that can be trained: an alignment, or a guard.
+
+    Raises:
+        NotFound: No such name, or a guard that has nothing to learn.
+    """
+    known = {**table("guard"), **table("align")}
+    if name not in known:
+        raise NotFound(unknown("align", name, known))
+    found = find("align" if name in table("align") else "guard", name)
+    if not hasattr(found, "fit"):
+        raise NotFound(f"{name} is a guard that learns nothing; give it with --guard {name}.")
+    return found
+
+
 def find(kind: str, name: str) -> Any:
     """The class behind a name.
 

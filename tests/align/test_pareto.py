@@ -37,11 +37,11 @@ def test_the_rule_takes_the_least_cosine_within_the_allowed_drift():
 def test_a_sweep_reads_the_original_once_and_any_point_can_be_made_again(
     tiny_sd1, data, monkeypatch
 ):
-    prepared = []
-    prepare = SafeText.prepare
-    monkeypatch.setattr(SafeText, "prepare", lambda *a, **k: prepared.append(1) or prepare(*a, **k))
+    gatherd = []
+    gather = SafeText.gather
+    monkeypatch.setattr(SafeText, "gather", lambda *a, **k: gatherd.append(1) or gather(*a, **k))
     found = sweep(SafeText(lr=3e-3, epochs=3, batch=8), tiny_sd1, data, lams=(0.1, 1.0))
-    assert prepared == [1]
+    assert gatherd == [1]
     assert [(p["lam"], p["epoch"]) for p in found.points] == [
         (lam, epoch) for lam in (0.1, 1.0) for epoch in (1, 2, 3)
     ]
@@ -49,7 +49,7 @@ def test_a_sweep_reads_the_original_once_and_any_point_can_be_made_again(
     assert patch.info["stopped"]["kept_epoch"] == 2 and patch.settings["lam"] == 0.1
     assert len(patch.info["pareto"]) == 6
     method = SafeText(lam=0.1)
-    untouched = prepare(method, tiny_sd1, data, seed=0)
+    untouched = gather(method, tiny_sd1, data, seed=0)
     with tiny_sd1.patched(patch):
         again = method.check(tiny_sd1, untouched)
     for axis in ("drift", "cosine"):

@@ -76,7 +76,7 @@ def test_only_the_text_encoders_change_and_the_model_is_left_as_it_was(model, da
 
 def test_it_starts_at_zero_drift_and_full_cosine(model, data):
     method = SafeText(perturb=0.0)
-    material = method.prepare(model, data, seed=0)
+    material = method.gather(model, data, seed=0)
     start = method.check(model, material)
     assert start["L_u"] == pytest.approx(0, abs=1e-5)
     assert start["L_e"] == pytest.approx(-1, abs=1e-5)
@@ -119,7 +119,7 @@ def test_lora_is_deterministic_and_leaves_no_adapter_behind(tiny_sd1, data):
 def test_the_reference_is_never_the_wrapped_module(tiny_sd1, data):
     """With LoRA the encoder object itself changes; the remembered values must not."""
     method = SafeText(**FAST | {"lr": 1e-2}, scope="lora", lam=1.0)
-    material = method.prepare(tiny_sd1, data, seed=0)
+    material = method.gather(tiny_sd1, data, seed=0)
     before = {name: p.states.clone() for name, p in material.tau.pieces.items()}
     patch = method.train(tiny_sd1, material)
     assert patch.info["pareto"][-1]["cosine"] < 0.999  # a reference that moved along would say 1
@@ -130,7 +130,7 @@ def test_the_reference_is_never_the_wrapped_module(tiny_sd1, data):
 def test_a_patch_does_in_use_what_it_did_in_training(model, data):
     """The last held-out figures of the training run hold for the saved weights."""
     method = SafeText(**FAST, scope="lora")
-    material = method.prepare(model, data, seed=0)
+    material = method.gather(model, data, seed=0)
     patch = method.train(model, material)
     with model.patched(patch):
         again = method.check(model, material)
@@ -153,7 +153,7 @@ def test_ctrl_c_leaves_the_model_as_it_was(tiny_sd1, data, scope):
 
 def test_the_empty_prompt_is_in_every_batch_and_holds(tiny_sd1, data):
     method = SafeText(**FAST)
-    material = method.prepare(tiny_sd1, data, seed=0)
+    material = method.gather(tiny_sd1, data, seed=0)
     batches = list(method.batches(material, 1, torch.Generator()))
     assert len(batches) == method.steps(material) > 1
     assert all(batch.safe[0] == "" and batch.safe.count("") == 1 for batch in batches)
@@ -167,7 +167,7 @@ def test_the_empty_prompt_is_in_every_batch_and_holds(tiny_sd1, data):
 def test_gradients_are_numbers_from_the_first_step(model, data):
     for d_u, d_e in product(("euclidean", "neg_abs_cosine"), repeat=2):
         method = SafeText(d_u=d_u, d_e=d_e, anchor=1.0, batch=8)
-        material = method.prepare(model, data, seed=0)
+        material = method.gather(model, data, seed=0)
         rng = torch.Generator().manual_seed(0)
         with method.lend(model, rng) as loan:
             batch = next(method.batches(material, 1, rng))
@@ -208,7 +208,7 @@ def test_an_anchor_pulls_unsafe_prompts_to_their_safe_counterpart(model):
 
 
 def test_without_a_counterpart_the_anchor_is_the_nearest_safe_prompt(tiny_sd1, data):
-    material = SafeText(anchor=1.0).prepare(tiny_sd1, data, seed=0)
+    material = SafeText(anchor=1.0).gather(tiny_sd1, data, seed=0)
     safe = [p.text for p in material.split.safe]
     assert set(material.anchors) == set(UNSAFE)
     assert set(material.anchors.values()) <= set(safe)
@@ -224,7 +224,7 @@ def test_one_encoder_of_several_can_be_trained_alone(tiny_sdxl, data):
 
 def test_the_loss_is_on_all_that_the_denoiser_reads(tiny_sdxl, tiny_flux, data):
     def read(model):
-        return set(SafeText().prepare(model, data, seed=0).tau.pieces)
+        return set(SafeText().gather(model, data, seed=0).tau.pieces)
 
     assert read(tiny_sdxl) == {"clip_l", "clip_g", "clip_g.pooled"}
     assert read(tiny_flux) == {"t5", "clip_l.pooled"}
@@ -247,7 +247,7 @@ def test_training_stops_when_held_out_prompts_stop_improving(tiny_sd1, data):
 
 
 def test_held_out_prompts_are_not_trained_on(tiny_sd1, data):
-    material = SafeText(batch=16, variants=0).prepare(tiny_sd1, data, seed=0)
+    material = SafeText(batch=16, variants=0).gather(tiny_sd1, data, seed=0)
     seen = {
         text
         for batch in SafeText(batch=16).batches(material, 1, torch.Generator())
@@ -330,13 +330,13 @@ def test_a_lead_leaves_the_stationary_start_towards_the_anchors(tiny_sd1, data):
 
 
 def test_variants_join_the_safe_side_without_the_suspicious_ones(tiny_sd1, data):
-    material = SafeText(variants=3).prepare(tiny_sd1, data, seed=0)
+    material = SafeText(variants=3).gather(tiny_sd1, data, seed=0)
     written = [p.text for p in material.split.safe]
     made = material.held[len(written) :]
     assert list(material.held[: len(written)]) == written
     assert len(made) == round(0.8 * 3 * len(written))
     assert len(set(made) - set(written)) > len(made) // 2
-    assert SafeText(variants=3).prepare(tiny_sd1, data, seed=0).held == material.held
+    assert SafeText(variants=3).gather(tiny_sd1, data, seed=0).held == material.held
 
 
 def test_the_learning_rate_follows_the_encoders_width(tiny_sd1):
@@ -351,7 +351,7 @@ def test_settings_survive_a_round_trip():
 
 def test_a_batch_may_lack_one_side(tiny_sd1, data):
     method = SafeText()
-    material = method.prepare(tiny_sd1, data, seed=0)
+    material = method.gather(tiny_sd1, data, seed=0)
     loss = method._terms  # the validation split's sides differ in length
     batch = Batch(("",), (), material, 0.0)
     from safelight.align.safetext import _read

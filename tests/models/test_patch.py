@@ -298,7 +298,7 @@ def test_an_interrupted_save_leaves_the_old_patch_and_nothing_half_written(saved
         def fail(*args, error=error, **kwargs):
             raise error
 
-        monkeypatch.setattr("safelight.models.patch.save_file", fail)
+        monkeypatch.setattr("safelight.models.artifact.save_file", fail)
         with pytest.raises(seen):
             Patch(method="other", family="sd1").save(path)
         assert Patch.load(path).method == "noise"

@@ -1,98 +1,24 @@
-"""What an alignment is, and the one training loop that all trained alignments share.
+"""What an alignment is.
 
 An `Alignment` looks at a model and some data and returns a `Patch`; the model itself is left as it
-was. A `Trained` alignment gets there by gradient descent. It says what is trained and what the loss
-is; this file owns the rest: AdamW, batches, validation, early stopping, the history of every step,
-the cost, and that Ctrl-C leaves nothing half-changed.
+was. A `Trained` alignment gets there by gradient descent (`safelight.training.descent`).
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import platform
-import sys
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from safelight.align.weights import Loan
-from safelight.errors import BadInput, WorkFailed
-from safelight.flow import Card, Prompt
+from safelight.flow import Card
 from safelight.models.base import TextToImage
 from safelight.models.patch import Patch
-from safelight.prompts import PromptSet
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextData:
-    """What a text-side alignment learns from: prompts to keep as they are, prompts to change.
-
-    Args:
-        safe: Prompts whose meaning must not move.
-        unsafe: Prompts whose meaning must move; one set or several.
-        validation: Share of each side that is held out of training and decides when to stop.
-    """
-
-    safe: PromptSet | Sequence[PromptSet]
-    unsafe: PromptSet | Sequence[PromptSet]
-    validation: float = 0.1
-
-    def sets(self) -> tuple[PromptSet, ...]:
-        """All prompt sets, safe ones first."""
-        return (*_several(self.safe), *_several(self.unsafe))
-
-    def hashes(self) -> dict[str, str]:
-        """The SHA-256 of each prompt set by its name."""
-        return {one.name: one.sha256 for one in self.sets()}
-
-    def split(self, seed: int) -> Split:
-        """Training and validation prompts.
-
-        Raises:
-            BadInput: A side has no prompts, or too few to hold any out.
-        """
-        rng = torch.Generator().manual_seed(seed)
-        safe, safe_check = self._parts("safe", self.safe, rng)
-        unsafe, unsafe_check = self._parts("unsafe", self.unsafe, rng)
-        return Split(safe, unsafe, safe_check, unsafe_check)
-
-    def _parts(
-        self, side: str, sets: PromptSet | Sequence[PromptSet], rng: torch.Generator
-    ) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
-        prompts = [prompt for one in _several(sets) for prompt in one.prompts]
-        if len(prompts) < 2:
-            names = ", ".join(one.name for one in _several(sets)) or "no set at all"
-            raise BadInput(
-                f"the {side} side has {len(prompts)} prompt(s) ({names}); training needs at least "
-                f"two, one to learn from and one to check with."
-            )
-        order = torch.randperm(len(prompts), generator=rng).tolist()
-        held = max(1, round(self.validation * len(prompts)))
-        return (
-            tuple(prompts[i] for i in sorted(order[held:])),
-            tuple(prompts[i] for i in sorted(order[:held])),
-        )
-
-
-@dataclass(frozen=True)
-class Split:
-    """Prompts to learn from and prompts to check with."""
-
-    safe: tuple[Prompt, ...]
-    unsafe: tuple[Prompt, ...]
-    safe_check: tuple[Prompt, ...]
-    unsafe_check: tuple[Prompt, ...]
+from safelight.training.data import Split as Split
+from safelight.training.data import TextData as TextData
+from safelight.training.descent import Descent, Meter, method_name
+from safelight.training.descent import Loss as Loss
+from safelight.training.descent import Tick as Tick
+from safelight.training.descent import Watch as Watch
 
 
 class Alignment(ABC):
@@ -105,99 +31,9 @@ class Alignment(ABC):
         """Learn a patch; the model is left as it was."""
 
 
-@dataclass(frozen=True)
-class Tick:
-    """How far a training run is, for whoever draws the progress bar."""
-
-    step: int
-    total: int
-    epoch: int
-    terms: Mapping[str, float]
-
-
-Watch = Callable[[Tick], None]
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What is minimised, and the un-weighted terms that it is made of."""
-
-    total: Float[Tensor, ""]
-    terms: Mapping[str, float]
-
-
 @dataclass(frozen=True, kw_only=True)
-class Trained(Alignment):
-    """An alignment found by gradient descent.
-
-    Training stops when `check`'s "objective" on held-out data has not improved by `tolerance` (of
-    its best value) for `patience` epochs; the best epoch's weights are kept. Epoch 0, the untouched
-    model, does not count as a candidate.
-
-    Args:
-        epochs: Passes over the data, at most.
-        batch: Prompts or pictures per step.
-        lr: Learning rate of AdamW; None leaves it to the method, by the model's size.
-        warmup: Steps in which the learning rate rises linearly.
-        anneal: Let the learning rate fall linearly towards zero over all epochs.
-        decay: Weight decay. Zero by default: it would move weights that no example speaks for.
-        patience: Epochs without improvement before stopping; 0 runs all and keeps the last.
-        tolerance: Relative improvement that counts.
-    """
-
-    epochs: int = 1
-    batch: int = 128
-    lr: float | None = 1e-5
-    warmup: int = 0
-    anneal: bool = True
-    decay: float = 0.0
-    patience: int = 2
-    tolerance: float = 0.01
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "lr"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise BadInput(f"{name} must be above 0, not {getattr(self, name)}.")
-
-    # What a method says
-
-    @abstractmethod
-    def prepare(self, model: TextToImage, data: Any, *, seed: int) -> Any:
-        """Everything that stays constant while training; computed once, reusable between fits."""
-
-    @abstractmethod
-    def lend(self, model: TextToImage, rng: torch.Generator) -> AbstractContextManager[Loan]:
-        """The weights to be trained."""
-
-    @abstractmethod
-    def steps(self, material: Any) -> int:
-        """Steps per epoch."""
-
-    @abstractmethod
-    def batches(self, material: Any, epoch: int, rng: torch.Generator) -> Iterator[Any]:
-        """The batches of one epoch; the first epoch is 1."""
-
-    @abstractmethod
-    def loss(self, model: TextToImage, batch: Any, rng: torch.Generator) -> Loss:
-        """What is minimised on one batch."""
-
-    @abstractmethod
-    def check(self, model: TextToImage, material: Any) -> dict[str, float]:
-        """Figures on held-out data; "objective" (lower is better) decides when to stop."""
-
-    def rate(self, model: TextToImage) -> float:
-        """The learning rate on a model."""
-        return self.lr or 1e-5
-
-    def start(self, loan: Loan, rng: torch.Generator) -> None:
-        """A last word before the first step."""
-
-    def info(self, material: Any) -> dict[str, Any]:
-        """What else the patch should remember about how it was made."""
-        return {}
-
-    # What every method gets
+class Trained(Descent, Alignment):
+    """An alignment found by gradient descent; what is learnt becomes a patch."""
 
     def fit(
         self, model: TextToImage, data: Any = None, *, seed: int = 0, watch: Watch | None = None
@@ -214,172 +50,22 @@ class Trained(Alignment):
             WorkFailed: The loss is no longer a number.
         """
         meter = Meter(model.device)
-        material = self.prepare(model, data, seed=seed)
+        material = self.gather(model, data, seed=seed)
         return self.train(model, material, seed=seed, watch=watch, meter=meter)
 
-    def train(
-        self,
-        model: TextToImage,
-        material: Any,
-        *,
-        seed: int = 0,
-        watch: Watch | None = None,
-        meter: Meter | None = None,
-        until: int | None = None,
-    ) -> Patch:
-        """`fit` on what `prepare` returned, so that several runs can share it.
+    def train(self, model: TextToImage, material: Any, *, seed: int = 0, **descent: Any) -> Patch:
+        """`fit` on what `gather` returned, so that several runs can share it.
 
         Args:
-            until: Break off after this epoch and keep it, for one point of a known descent.
+            descent: `watch`, `meter`, `until` as for `descend`.
         """
-        meter = meter or Meter(model.device)
-        rng = torch.Generator().manual_seed(seed)
-        with self.lend(model, rng) as loan:
-            self.start(loan, rng)
-            run = _descend(self, model, material, loan, rng, watch or (lambda tick: None), until)
-            loan.rewind(run.best)
-            learnt = loan.learnt()
-            count = sum(p.numel() for p in loan.parameters.values())
+        found = self.descend(model, material, seed=seed, **descent)
         return Patch(
-            full=dict(learnt.full),
-            low_rank=dict(learnt.low_rank),
+            full=dict(found.learnt.full),
+            low_rank=dict(found.learnt.low_rank),
             method=method_name(self),
             settings=asdict(self),
             family=model.family,
             base=dict(model.hashes()),
-            info={
-                "seed": seed,
-                "lr": self.rate(model),
-                "cost": {**meter.read(), "parameters": count},
-                "history": run.history,
-                "pareto": run.curve,
-                "stopped": run.stopped,
-                "versions": versions(),
-                **self.info(material),
-            },
+            info=found.info,
         )
-
-
-def method_name(method: Alignment) -> str:
-    """The name in the table, which is the module's name."""
-    return type(method).__module__.rpartition(".")[2]
-
-
-@dataclass
-class _Run:
-    """What a descent leaves behind."""
-
-    best: Mapping[str, Tensor]
-    history: list[dict[str, Any]]
-    curve: list[dict[str, Any]]
-    stopped: dict[str, Any]
-
-
-def _descend(
-    method: Trained,
-    model: TextToImage,
-    material: Any,
-    loan: Loan,
-    rng: torch.Generator,
-    watch: Watch,
-    until: int | None,
-) -> _Run:
-    """AdamW on the method's loss, an epoch at a time, until it stops paying."""
-    parameters = list(loan.parameters.values())
-    adam = torch.optim.AdamW(parameters, lr=method.rate(model), weight_decay=method.decay)
-    total = method.epochs * method.steps(material)
-
-    def rate(done: int) -> float:
-        rising = min(1.0, (done + 1) / (method.warmup + 1))
-        return rising * (1 - done / (total + 1) if method.anneal else 1)
-
-    ramp = torch.optim.lr_scheduler.LambdaLR(adam, rate)
-    history: list[dict[str, Any]] = []
-    curve = [{"epoch": 0, **method.check(model, material)}]
-    best, best_at, lowest = {}, 0, math.inf
-    why = f"all {method.epochs} epochs were run"
-
-    for epoch in range(1, method.epochs + 1):
-        for batch in method.batches(material, epoch, rng):
-            loss = method.loss(model, batch, rng)
-            _require_number(loss, len(history) + 1)
-            adam.zero_grad(set_to_none=True)
-            loss.total.backward()
-            adam.step()
-            ramp.step()
-            history.append({"step": len(history) + 1, "epoch": epoch, **loss.terms})
-            watch(Tick(len(history), total, epoch, loss.terms))
-
-        seen = method.check(model, material)
-        curve.append({"epoch": epoch, **seen})
-        log.info("epoch %d: %s", epoch, seen)
-        better = seen["objective"] < lowest - method.tolerance * abs(lowest)
-        if epoch == 1 or better or not method.patience or epoch == until:
-            best, best_at, lowest = loan.snapshot(), epoch, seen["objective"]
-        if epoch == until:
-            why = f"asked for epoch {until}"
-            break
-        if 0 < method.patience <= epoch - best_at:
-            why = f"no improvement since epoch {best_at}"
-            break
-
-    rule = (
-        f"stop when the held-out objective has not improved by {method.tolerance:.1%} for "
-        f"{method.patience} epochs; keep the best epoch"
-        if method.patience
-        else "run all epochs; keep the last"
-    )
-    return _Run(best, history, curve, {"rule": rule, "kept_epoch": best_at, "why": why})
-
-
-def _require_number(loss: Loss, step: int) -> None:
-    if not math.isfinite(loss.total.item()):
-        raise WorkFailed(
-            f"the loss is {loss.total.item()} at step {step}; try a smaller lr. "
-            "Nothing was changed or saved."
-        )
-
-
-@dataclass
-class Meter:
-    """Seconds and peak memory since it was made."""
-
-    device: torch.device
-    began: float = field(default_factory=time.perf_counter)
-
-    def __post_init__(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def read(self) -> dict[str, Any]:
-        """Cost so far; on a CPU the memory is the whole process's highest."""
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device) / 2**20
-        else:
-            peak = _process_peak()
-        return {
-            "seconds": round(time.perf_counter() - self.began, 2),
-            "peak_memory_mb": round(peak, 1),
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-        }
-
-
-def _process_peak() -> float:
-    """The most memory this process has held, in MB; nan where the system does not say."""
-    if sys.platform == "win32":
-        return math.nan
-    import resource
-
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def versions() -> dict[str, str]:
-    """What a patch was made with."""
-    packages = ("safelight", "torch", "transformers", "diffusers", "peft")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def _several(sets: PromptSet | Sequence[PromptSet]) -> tuple[PromptSet, ...]:
-    return (sets,) if isinstance(sets, PromptSet) else tuple(sets)

@@ -33,16 +33,20 @@ Needs two lists of prompts and gradients of the text encoder; no pictures.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from safelight.align.augment import exchanged, vocabulary
-from safelight.align.base import Loss, Split, TextData, Trained
-from safelight.align.embedding import (
+from safelight.align.base import Loss, Split, TextData
+from safelight.align.text import TextSide
+from safelight.errors import BadInput, unknown
+from safelight.flow import Card, Prompt
+from safelight.models.base import TextToImage
+from safelight.training.augment import exchanged, vocabulary
+from safelight.training.data import shuffled, texts
+from safelight.training.embedding import (
     Distance,
     Reading,
     Reduction,
@@ -51,17 +55,13 @@ from safelight.align.embedding import (
     remember,
     size,
 )
-from safelight.align.weights import Loan, full, lora
-from safelight.errors import BadInput, unknown
-from safelight.flow import Card, Prompt
-from safelight.models.base import TextToImage
+from safelight.training.weights import Loan
 
-Scope = Literal["all", "layers", "lora"]
 SUSPECT = 0.2  # share of the variants that is not held
 
 
 @dataclass(frozen=True, kw_only=True)
-class SafeText(Trained):
+class SafeText(TextSide):
     """Align the text encoder with safe and unsafe prompts; leave the diffusion module alone.
 
     Args:
@@ -76,10 +76,6 @@ class SafeText(Trained):
         variants: Copies of each safe prompt with one or two words exchanged for random words of the
             tokenizer's vocabulary; they join the safe side. 0 is the paper's method.
         margin: Stop pushing a prompt once its d_e exceeds this; None never stops.
-        encoders: Names of the encoders to train; () is all of them.
-        scope: Train "all" weights, the "layers" without embedding tables, or "lora" factors.
-        rank: Rank of the LoRA factors.
-        alpha: Scale of the LoRA factors; None is the rank.
         perturb: Relative size of the seeded perturbation that leaves the stationary start.
     """
 
@@ -99,8 +95,6 @@ class SafeText(Trained):
     # Measured on the Emoji World's text encoder; the paper's own values are not public.
     epochs: int = 4
     batch: int = 64
-    lr: float | None = None
-
     d_u: Distance = "euclidean"
     d_e: Distance = "neg_abs_cosine"
     lam: float = 0.3
@@ -110,25 +104,17 @@ class SafeText(Trained):
     lead: int = 1
     variants: int = 1
     margin: float | None = None
-    encoders: tuple[str, ...] = ()
-    scope: Scope = "all"
-    rank: int = 8
-    alpha: float | None = None
     perturb: float = 1e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, kind in (
-            ("d_u", Distance), ("d_e", Distance), ("reduction", Reduction), ("scope", Scope)
-        ):  # fmt: skip
+        for name, kind in (("d_u", Distance), ("d_e", Distance), ("reduction", Reduction)):
             if getattr(self, name) not in get_args(kind):
                 raise BadInput(f"{name}: {unknown('choice', getattr(self, name), get_args(kind))}")
         if self.batch < 4:
             raise BadInput(f"batch must be at least 4 (half safe, half unsafe), not {self.batch}.")
-        if self.rank < 1:
-            raise BadInput(f"rank must be at least 1, not {self.rank}.")
 
-    def prepare(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
+    def gather(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
         """The split, tau's reading of every prompt, and each unsafe prompt's anchor."""
         split = data.split(seed)
         encoders = self.chosen(model)
@@ -136,37 +122,17 @@ class SafeText(Trained):
         counterparts = [p.safe_prompt for p in unsafe if p.safe_prompt]
         words = vocabulary(model.tokenizers[encoders[0]])
         rng = torch.Generator().manual_seed(seed)
-        pairs = exchanged(_texts(split.safe) * self.variants, words, rng)
-        everything = ["", *_texts((*split.safe, *split.safe_check, *unsafe)), *counterparts]
+        pairs = exchanged(texts(split.safe) * self.variants, words, rng)
+        everything = ["", *texts((*split.safe, *split.safe_check, *unsafe)), *counterparts]
         tau = remember(model, [*everything, *(new for _, new in pairs)], encoders)
-        extra = _harmless(tau, pairs, _texts(split.unsafe))
+        extra = _harmless(tau, pairs, texts(split.unsafe))
         scale = {
             name: size(p, self.reduction).mean().item()
-            for name, p in tau(["", *_texts(split.safe)]).items()
+            for name, p in tau(["", *texts(split.safe)]).items()
         }
-        anchors = _anchors(tau, unsafe, _texts(split.safe)) if self.anchor or self.lead else {}
-        held = (*_texts(split.safe), *extra)
+        anchors = _anchors(tau, unsafe, texts(split.safe)) if self.anchor or self.lead else {}
+        held = (*texts(split.safe), *extra)
         return Material(split, held, tau, anchors, scale, encoders, data.hashes())
-
-    def chosen(self, model: TextToImage) -> tuple[str, ...]:
-        """The encoders to train."""
-        for name in self.encoders:
-            if name not in model.text_encoders:
-                raise BadInput(unknown("text encoder", name, model.text_encoders))
-        return self.encoders or tuple(model.text_encoders)
-
-    def rate(self, model: TextToImage) -> float:
-        """1e-5 as published for CLIP-L (DES, AdvUnlearn); small encoders take larger steps."""
-        widths = [model.text_encoders[name].config.hidden_size for name in self.chosen(model)]
-        return self.lr or (1e-5 if max(widths) >= 512 else 3e-4)
-
-    def lend(self, model: TextToImage, rng: torch.Generator) -> AbstractContextManager[Loan]:
-        """The chosen encoders' weights."""
-        encoders = self.chosen(model)
-        if self.scope == "lora":
-            alpha = self.alpha or float(self.rank)
-            return lora(model, encoders, rank=self.rank, alpha=alpha, rng=rng)
-        return full(model, encoders, embeddings=self.scope == "all")
 
     def start(self, loan: Loan, rng: torch.Generator) -> None:
         """Leave the stationary point, in a direction that the seed decides."""
@@ -183,8 +149,8 @@ class SafeText(Trained):
         "" is the condition of classifier-free guidance: were it to move, every picture would.
         """
         half, steps = self.batch // 2, self.steps(material)
-        unsafe = _shuffled(_texts(material.split.unsafe), half * steps, rng)
-        safe = _shuffled(material.held, (half - 1) * steps, rng)
+        unsafe = shuffled(texts(material.split.unsafe), half * steps, rng)
+        safe = shuffled(material.held, (half - 1) * steps, rng)
         for i in range(steps):
             kept = safe[i * (half - 1) : (i + 1) * (half - 1)]
             moved = tuple(unsafe[i * half : (i + 1) * half])
@@ -281,7 +247,7 @@ class Material:
 
     def held_out(self, pull: float, size: int = 64) -> Iterator[Batch]:
         """The validation prompts in batches; one side may run out before the other."""
-        safe, unsafe = ("", *_texts(self.split.safe_check)), _texts(self.split.unsafe_check)
+        safe, unsafe = ("", *texts(self.split.safe_check)), texts(self.split.unsafe_check)
         for i in range(0, max(len(safe), len(unsafe)), size):
             yield Batch(tuple(safe[i : i + size]), tuple(unsafe[i : i + size]), self, pull)
 
@@ -330,14 +296,3 @@ def _harmless(tau: Reference, pairs: Sequence[tuple[str, str]], unsafe: Sequence
     old = tau.likeness([original for original, _ in pairs], unsafe).amax(1)
     kept = (new - old).argsort()[: round((1 - SUSPECT) * len(pairs))]
     return [pairs[i][1] for i in sorted(kept.tolist())]
-
-
-def _texts(prompts: Sequence[Prompt]) -> list[str]:
-    return [prompt.text for prompt in prompts]
-
-
-def _shuffled(texts: Sequence[str], n: int, rng: torch.Generator) -> list[str]:
-    """`n` texts: whole shuffled rounds of all of them, cut to length."""
-    rounds = -(-n // len(texts))
-    order = torch.cat([torch.randperm(len(texts), generator=rng) for _ in range(rounds)])
-    return [texts[i] for i in order[:n].tolist()]

@@ -35,7 +35,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safelight.align.base import Loss, Trained
-from safelight.align.weights import Learnt, Loan, full, lora
 from safelight.attack.base import Access, Attack, Search, Target, model_of, name_of
 from safelight.attack.pictures import FAR, Pictures, brought, painted
 from safelight.errors import BadInput, Unsupported
@@ -43,6 +42,7 @@ from safelight.flow import Card, Prompt
 from safelight.models.base import TextToImage
 from safelight.models.patch import Patch
 from safelight.prompts import PromptSet
+from safelight.training.weights import Learnt, Loan, full, lora
 
 Profile = Literal["lora", "cross", "full"]
 
@@ -220,7 +220,7 @@ class _Denoising(Trained):
     rank: int
     alpha: float
 
-    def prepare(self, model: TextToImage, data: _Captioned, *, seed: int) -> _Material:
+    def gather(self, model: TextToImage, data: _Captioned, *, seed: int) -> _Material:
         n = len(data.images)
         if n < 2:
             raise BadInput(f"fine-tuning needs at least two pictures, not {n}.")

@@ -30,10 +30,12 @@ from safelight.bench.run import Progress, Run, evaluate
 from safelight.bench.suite import Column, Method, Row, Suite
 from safelight.errors import BadInput, NotFound, SafelightError, unknown
 from safelight.guard.base import Guard
+from safelight.guard.trained import TrainedGuard, load_guard
 from safelight.judge.base import Judge
+from safelight.models.artifact import is_a
 from safelight.models.base import Sampling, TextToImage
 from safelight.models.patch import Patch
-from safelight.names import find
+from safelight.names import find, learner
 from safelight.prompts import PromptSet
 
 log = logging.getLogger(__name__)
@@ -203,12 +205,17 @@ class Bench:
                 return base.relative_to(self.out)
         attacks = {column.attack.label: attack_of(column.attack)} if column.attack else {}
         patches = [Patch.load(path) for path in cell.row.patches]
-        patches += [self._aligned(cell.row, model)] if cell.row.align else []
+        guards = [guard_of(guard) for guard in cell.row.guards]
+        learnt = self._aligned(cell.row, model) if cell.row.align else None
+        if isinstance(learnt, Patch):
+            patches.append(learnt)
+        elif learnt is not None:
+            guards.insert(0, learnt)
         evaluate(
             model,
             [prompts],
             patches=patches,
-            guards=[guard_of(guard) for guard in cell.row.guards],
+            guards=guards,
             out=cell.folder / "run",
             base=None if attacks else base,
             attacks=attacks,
@@ -218,12 +225,12 @@ class Bench:
         )
         return (cell.folder / "run").relative_to(self.out)
 
-    def _aligned(self, row: Row, model: TextToImage) -> Patch:
-        """The patch that a row makes for itself, made once."""
+    def _aligned(self, row: Row, model: TextToImage) -> Patch | TrainedGuard:
+        """The patch or guard that a row makes for itself, made once."""
         assert row.align is not None
         folder = self.out / "patches" / slug(row.name)
         if folder.is_dir():
-            return Patch.load(folder)
+            return load_guard(folder) if is_a("guard", folder) else Patch.load(folder)
         from safelight.align.base import TextData
 
         settings = dict(row.align.settings)
@@ -234,11 +241,11 @@ class Bench:
         data = TextData(safe=safe, unsafe=unsafe)
         seed = settings.pop("seed", 0)
         self.tell(f"aligning {row.name}")
-        patch = configured(find("align", row.align.name), settings, row.name).fit(
+        learnt: Patch | TrainedGuard = configured(learner(row.align.name), settings, row.name).fit(
             model, data, seed=seed
         )
-        patch.save(folder)
-        return patch
+        learnt.save(folder)
+        return learnt
 
     # What is where
 
@@ -313,7 +320,7 @@ class Bench:
             if row.align is not None:
                 own = {k: v for k, v in row.align.settings.items()
                        if k not in ("unsafe", "safe", "seed")}  # fmt: skip
-                configured(find("align", row.align.name), own, row.name)
+                configured(learner(row.align.name), own, row.name)
             for patch in row.patches:
                 if not (Path(patch) / "patch.json").is_file():
                     raise NotFound(f"row {row.name!r}: no patch folder {patch}.")
@@ -391,7 +398,12 @@ def attack_of(method: Method) -> Attack:
 
 
 def guard_of(method: Method) -> Guard:
-    """A guard with its settings; one that needs a judge gets `judge = "name"`."""
+    """A guard with its settings; one that needs a judge gets `judge = "name"`.
+
+    One that has learnt is named by its folder.
+    """
+    if Path(method.name).is_dir():
+        return load_guard(method.name, **method.settings)
     kind = find("guard", method.name)
     where, settings = f"guard {method.label!r}", dict(method.settings)
     given: dict[str, Any] = {}

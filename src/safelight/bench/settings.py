@@ -14,6 +14,7 @@ from safelight.attack.base import Attack, name_of
 from safelight.bench.records import FORMAT
 from safelight.errors import BadInput
 from safelight.guard.base import Guard
+from safelight.guard.trained import TrainedGuard
 from safelight.judge.base import Judge
 from safelight.models.base import Sampling, TextToImage
 from safelight.models.patch import Patch
@@ -47,11 +48,12 @@ def of_guard(guard: Guard) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if dataclasses.is_dataclass(guard):
         settings = {field.name: getattr(guard, field.name) for field in dataclasses.fields(guard)}
-    return {
+    about = {
         "name": type(guard).__name__.lower(),
         "title": guard.card.title,
         "settings": plain(settings),
     }
+    return {**about, "weights": guard.sha256} if isinstance(guard, TrainedGuard) else about
 
 
 def of_attack(name: str, attack: Attack) -> dict[str, Any]:

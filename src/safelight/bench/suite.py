@@ -235,13 +235,13 @@ def _row(given: Any, model: str, path: Path, i: int) -> Row:
         patches=tuple(_found(p, path) for p in _words(one.get("patches", []), f"{where}, patches")),
         align=None if align is None else _align(align, path, f"{where}, align"),
         guards=tuple(
-            _method("guard", g, f"{where}, guards") for g in _sequence(one.get("guards", []), where)
+            _guard(g, path, f"{where}, guards") for g in _sequence(one.get("guards", []), where)
         ),
     )
 
 
 def _align(given: Any, path: Path, where: str) -> Method:
-    """An alignment; what it learns from are prompt sets or files beside the suite."""
+    """What learns, an alignment or a guard; its data are prompt sets or files beside the suite."""
     method = _method("align", given, where)
     sides = {
         side: [_prompts(name, path, where) for name in _words(method.settings[side], where)]
@@ -249,6 +249,16 @@ def _align(given: Any, path: Path, where: str) -> Method:
         if side in method.settings
     }
     return replace(method, settings={**method.settings, **sides})
+
+
+def _guard(given: Any, path: Path, where: str) -> Method:
+    """A guard by its name, or by the folder of one that has learnt."""
+    one = {"name": given} if isinstance(given, str) else dict(_table(given, where))
+    folder = _found(str(one.get("name", "")), path)
+    if one.get("name") in table("guard") or not Path(folder, "guard.json").is_file():
+        return _method("guard", one, where)
+    label = _word(one.pop("label", one.pop("name")), where)
+    return Method(name=folder, label=label, settings=one)
 
 
 def _columns(given: Any, path: Path, i: int) -> list[Column]:
@@ -299,8 +309,9 @@ def _found(name: str, path: Path) -> str:
 
 
 def _named(kind: str, name: str, where: str) -> None:
-    if name not in table(kind):
-        raise NotFound(f"{where}: {unknown(kind, name, table(kind))}")
+    known = {**table("align"), **table("guard")} if kind == "align" else table(kind)
+    if name not in known:
+        raise NotFound(f"{where}: {unknown(kind, name, known)}")
 
 
 def _keys(

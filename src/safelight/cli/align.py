@@ -1,7 +1,9 @@
-"""`safelight align METHOD MODEL`: learn a patch that makes a model safer."""
+"""`safelight align METHOD MODEL`: learn a patch, or a guard, that makes a model safer."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,14 +13,17 @@ from safelight.cli import sets
 from safelight.cli.console import Json, emit, out, say, training_bar, working
 from safelight.cli.settings import build
 from safelight.errors import BadInput
-from safelight.names import find
+from safelight.names import learner
 
 if TYPE_CHECKING:
+    from safelight.guard.trained import TrainedGuard
     from safelight.models.patch import Patch
 
 
 def align(
-    method: Annotated[str, typer.Argument(help="A method from `safelight list align`.")],
+    method: Annotated[
+        str, typer.Argument(help="A method from `safelight list align`, or a guard that learns.")
+    ],
     model: Annotated[str, typer.Argument(help="A built-in name, a diffusers folder or a hub id.")],
     unsafe: Annotated[
         list[str],
@@ -36,32 +41,34 @@ def align(
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, repeatable."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The patch folder to write.")
+        Path | None, typer.Option("--output", "-o", help="The patch or guard folder to write.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
     force: Annotated[bool, typer.Option(help="Replace an existing patch.")] = False,
     json: Json = False,
 ) -> None:
-    """Learn a patch that makes a model safer, and save it as a folder."""
+    """Learn what makes a model safer, a patch or a guard, and save it as a folder."""
     unsafe_sets = sets.unsafe(unsafe)
     safe_sets = sets.safe(safe or [], unsafe_sets)
     path = output or Path(f"{method}-{'-'.join(_short(one.name) for one in unsafe_sets)}")
     if path.exists() and not force:
         raise BadInput(f"{path} exists; name another folder with -o, or replace it with --force.")
-    patch = learn(method, model, unsafe_sets, safe_sets, set_ or [], seed)
-    patch.save(path)
+    learnt = learn(method, model, unsafe_sets, safe_sets, set_ or [], seed)
+    learnt.save(path)
+    kind, settings, info = _about(learnt)
     if json:
-        emit({"patch": str(path), "method": patch.method, "settings": patch.settings, **patch.info})
+        emit({kind: str(path), "method": method, "settings": settings, **info})
     else:
-        _print(patch, path, model)
+        _print(method, info)
+        say(f"saved [bold]{path}[/]; next: safelight evaluate {model} --{kind} {path} ...")
 
 
 def learn(
     method: str, name: str, unsafe: list[Any], safe: list[Any], pairs: list[str], seed: int
-) -> Patch:
+) -> Patch | TrainedGuard:
     """Load, fit, with a progress bar."""
     with working("loading torch"):
-        settings = build(find("align", method), pairs)
+        settings = build(learner(method), pairs)
         from safelight.align.base import TextData
         from safelight.models.load import load
     with working(f"loading {name}"):
@@ -76,14 +83,20 @@ def _short(name: str) -> str:
     return parts[1] if len(parts) == 3 else Path(name).stem
 
 
-def _print(patch: Patch, path: Path, model: str) -> None:
+def _about(learnt: Any) -> tuple[str, Any, Any]:
+    """What it is, its settings, and how it was learnt."""
+    if hasattr(learnt, "fitted_"):
+        return "guard", dataclasses.asdict(learnt), learnt.fitted_.info
+    return "patch", learnt.settings, learnt.info
+
+
+def _print(method: str, info: Mapping[str, Any]) -> None:
+    """Held-out figures before and after; a method's own terms go by their own names."""
     from rich.table import Table
 
-    first, *_ = patch.info["pareto"]
-    kept = next(
-        p for p in patch.info["pareto"] if p["epoch"] == patch.info["stopped"]["kept_epoch"]
-    )
-    grid = Table(title=f"{patch.method} on held-out prompts", title_justify="left")
+    first, *_ = info["pareto"]
+    kept = next(p for p in info["pareto"] if p["epoch"] == info["stopped"]["kept_epoch"])
+    grid = Table(title=f"{method} on held-out prompts", title_justify="left")
     for column in ("", "before", "after"):
         grid.add_column(column, justify="left" if not column else "right")
     words = {
@@ -93,13 +106,12 @@ def _print(patch: Patch, path: Path, model: str) -> None:
         "L_e": "L_e (move unsafe)",
         "L_a": "L_a (unsafe to its anchor)",
     }
-    for key, meaning in words.items():
-        if key in kept:
-            grid.add_row(meaning, f"{first[key]:.3f}", f"{kept[key]:.3f}")
+    shown = [key for key in kept if key not in ("epoch", "lam")]
+    for key in sorted(shown, key=lambda key: [*words, key].index(key)):
+        grid.add_row(words.get(key, key), f"{first[key]:.3f}", f"{kept[key]:.3f}")
     out().print(grid)
-    cost = patch.info["cost"]
+    cost = info["cost"]
     say(
         f"{cost['parameters']:,} parameters in {cost['seconds']:.1f} s; kept epoch "
-        f"{kept['epoch']} ({patch.info['stopped']['why']})"
+        f"{kept['epoch']} ({info['stopped']['why']})"
     )
-    say(f"saved [bold]{path}[/]; next: safelight evaluate {model} --patch {path} ...")

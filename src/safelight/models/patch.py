@@ -11,8 +11,6 @@ with `patch.json` and `weights.safetensors`; nothing is ever pickled.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,13 +20,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safelight.errors import BadInput, NotFound, Unsupported, WorkFailed
+from safelight.errors import BadInput, Unsupported
+from safelight.models import artifact
 from safelight.models.base import TextToImage
-from safelight.models.folder import replaced
 
 FORMAT = 1
 LowRank = tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"], float]  # (rank, in), (out, rank)
@@ -193,14 +189,7 @@ class Patch:
             BadInput: Something that is not a patch is in the way, or the settings are not plain.
             WorkFailed: It could not be written.
         """
-        path = Path(path)
-        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not _is_patch(path)):
-            raise BadInput(f"{path} exists and is not a patch; choose another place.")
-        with replaced(path) as folder:
-            weights = folder / "weights.safetensors"
-            save_file(self._tensors(), weights, metadata={"format": "safelight-patch"})
-            about = {**self.about, "weights_sha256": _sha256(weights)}
-            (folder / "patch.json").write_text(_json(about), encoding="utf-8")
+        artifact.save("patch", Path(path), self.about, self._tensors())
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
@@ -211,21 +200,9 @@ class Patch:
             Unsupported: It was written by a newer version.
             WorkFailed: A file is damaged.
         """
-        path = Path(path)
-        if not _is_patch(path):
-            raise NotFound(f"there is no patch at {path}: it has no patch.json.")
-        about = _read_json(path / "patch.json")
-        weights = path / "weights.safetensors"
-        if not weights.is_file():
-            raise NotFound(f"the patch at {path} has lost its weights.safetensors.")
-        if about.get("weights_sha256") != _sha256(weights):
-            raise WorkFailed(f"{weights} is damaged: its hash is not the one in patch.json.")
-        try:
-            tensors = load_file(weights)
-        except SafetensorError as error:
-            raise WorkFailed(f"{weights} cannot be read: {error}.") from error
-        full, low_rank = _untangled(tensors)
         named = ("method", "settings", "family", "base", "info")
+        about, tensors = artifact.load("patch", Path(path), named, FORMAT)
+        full, low_rank = _untangled(tensors)
         return cls(full=full, low_rank=low_rank, **{key: about[key] for key in named})
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -234,7 +211,7 @@ class Patch:
         for name, (down, up, alpha) in self.low_rank.items():
             found |= {f"down:{name}": down, f"up:{name}": up}
             found[f"alpha:{name}"] = torch.tensor(float(alpha), dtype=torch.float64)
-        return {key: value.detach().cpu().contiguous() for key, value in found.items()}
+        return found
 
 
 @contextmanager
@@ -271,37 +248,3 @@ def _untangled(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
 
 def _parameter(value: Tensor, like: Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(value, requires_grad=like.requires_grad)
-
-
-def _is_patch(path: Path) -> bool:
-    return (path / "patch.json").is_file()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WorkFailed(f"{path} is damaged: {error}.") from error
-    needed = {"format", "method", "settings", "family", "base", "info", "weights_sha256"}
-    if not isinstance(about, dict) or not needed <= about.keys():
-        raise WorkFailed(f"{path} is damaged: it lacks some of {', '.join(sorted(needed))}.")
-    if about["format"] > FORMAT:
-        raise Unsupported(
-            f"{path} has format {about['format']}; this version reads up to {FORMAT}. "
-            "Update safelight."
-        )
-    return about
-
-
-def _json(about: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(about, indent=1, ensure_ascii=False)
-    except TypeError as error:
-        raise BadInput(
-            f"a patch's settings and info must be plain JSON values: {error}."
-        ) from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

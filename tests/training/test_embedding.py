@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 import torch
 
-from safelight.align.embedding import Distance, Piece, Reduction, distance, remember, size
+from safelight.training.embedding import Distance, Piece, Reduction, distance, remember, size
 
 METRICS, REDUCTIONS = get_args(Distance), get_args(Reduction)
 

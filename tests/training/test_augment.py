@@ -2,7 +2,7 @@
 
 import torch
 
-from safelight.align.augment import exchanged, vocabulary
+from safelight.training.augment import exchanged, vocabulary
 
 WORDS = ["apple", "river", "stone"]
 

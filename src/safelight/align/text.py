@@ -1,0 +1,62 @@
+"""Alignments of the text encoder: which encoders, which of their weights, how fast."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from safelight.align.base import Trained
+from safelight.errors import BadInput, unknown
+from safelight.models.base import TextToImage
+from safelight.training.weights import Loan, full, lora
+
+Scope = Literal["all", "layers", "lora"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSide(Trained):
+    """A trained alignment that touches text encoders only.
+
+    Args:
+        encoders: Names of the encoders to train; () is all of them.
+        scope: Train "all" weights, the "layers" without embedding tables, or "lora" factors.
+        rank: Rank of the LoRA factors.
+        alpha: Scale of the LoRA factors; None is the rank.
+    """
+
+    lr: float | None = None
+
+    encoders: tuple[str, ...] = ()
+    scope: Scope = "all"
+    rank: int = 8
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scope not in get_args(Scope):
+            raise BadInput(f"scope: {unknown('choice', self.scope, get_args(Scope))}")
+        if self.rank < 1:
+            raise BadInput(f"rank must be at least 1, not {self.rank}.")
+
+    def chosen(self, model: TextToImage) -> tuple[str, ...]:
+        """The encoders to train."""
+        for name in self.encoders:
+            if name not in model.text_encoders:
+                raise BadInput(unknown("text encoder", name, model.text_encoders))
+        return self.encoders or tuple(model.text_encoders)
+
+    def rate(self, model: TextToImage) -> float:
+        """1e-5 as published for CLIP-L (DES, AdvUnlearn); small encoders take larger steps."""
+        widths = [model.text_encoders[name].config.hidden_size for name in self.chosen(model)]
+        return self.lr or (1e-5 if max(widths) >= 512 else 3e-4)
+
+    def lend(self, model: TextToImage, rng: torch.Generator) -> AbstractContextManager[Loan]:
+        """The chosen encoders' weights."""
+        encoders = self.chosen(model)
+        if self.scope == "lora":
+            alpha = self.alpha or float(self.rank)
+            return lora(model, encoders, rank=self.rank, alpha=alpha, rng=rng)
+        return full(model, encoders, embeddings=self.scope == "all")

@@ -1,0 +1,1 @@
+"""What learning needs, whoever learns: data, the descent, lent weights, readings of prompts."""
