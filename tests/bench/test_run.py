@@ -371,7 +371,7 @@ def test_what_a_guard_refuses_is_a_row_without_a_picture(tiny_sd1, unsafe, setti
     refused = sum(r.image is None for r in protected)
     assert 3 < refused < 15, "the screen should hold back some pictures and not all"
     assert guarded.value("refused").value == pytest.approx(refused / 15)
-    assert guarded.settings["guards"][1]["settings"] == {"judge": "fake"}
+    assert guarded.settings["guards"][1]["settings"] == {"judge": "fake:threshold=0.53"}
     for record in protected:
         if record.image is not None:
             assert record.features["drift"]["fake/colours"] < 1e-6

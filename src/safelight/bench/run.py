@@ -630,6 +630,8 @@ def _shown(progress: bool | Progress, what: str = "pictures") -> Iterator[Progre
     from rich.progress import Progress as Bar
 
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    seen = console.is_terminal  # in a log a bar that is taken away again leaves empty lines
+    with Bar(*columns, console=console, transient=True, disable=not seen) as bar:
         line = bar.add_task("")
         yield lambda done, total: bar.update(line, completed=done, total=total)

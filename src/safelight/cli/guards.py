@@ -13,7 +13,10 @@ JUDGE = "emoji"
 
 
 def guards(specs: Sequence[str]) -> list[Any]:
-    """Guards from "name" or "name:key=value"; a guard that needs a judge gets `judge=NAME`."""
+    """Guards from "name" or "name:key=value"; a guard that needs a judge gets `judge=NAME`.
+
+    What follows `judge=NAME:` are the judge's own settings: a guard's come before.
+    """
     return [_guard(spec) for spec in specs]
 
 
@@ -22,10 +25,19 @@ def _guard(spec: str) -> Any:
     method = find("guard", name)
     given = {}
     if "judge" in {field.name for field in dataclasses.fields(method)}:
-        chosen = [pair for pair in pairs if pair.startswith("judge=")]
-        pairs = [pair for pair in pairs if pair not in chosen]
-        given["judge"] = judge(chosen[-1].removeprefix("judge=") if chosen else JUDGE)
+        pairs, chosen = _apart(pairs)
+        given["judge"] = judge(chosen)
     return build(method, pairs, **given)
+
+
+def _apart(pairs: Sequence[str]) -> tuple[list[str], str]:
+    """A guard's own settings, and its judge with the judge's settings."""
+    for at, pair in enumerate(pairs):
+        if pair.startswith("judge="):
+            end = len(pairs) if ":" in pair else at + 1
+            chosen = ",".join(pairs[at:end]).removeprefix("judge=")
+            return [*pairs[:at], *pairs[end:]], chosen
+    return list(pairs), JUDGE
 
 
 def judge(spec: str) -> Any:

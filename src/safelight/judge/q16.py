@@ -95,11 +95,6 @@ class Q16(Judge):
     def details(self) -> dict[str, Any]:
         return {"model": self.clip.source}
 
-    def score(
-        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
-    ) -> Float[Tensor, "batch label"]:
-        return self.see(images, prompts).scores
-
     def see(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> Look:
         v = self.vectors.to(images.device)
         e = self.clip.images(images)

@@ -99,11 +99,6 @@ class SDChecker(Judge):
     def details(self) -> dict[str, Any]:
         return {"model": self.model, "rule": self.rule}
 
-    def score(
-        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
-    ) -> Float[Tensor, "batch label"]:
-        return self.see(images, prompts).scores
-
     def see(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> Look:
         net = self.net.to(images.device)
         side = net.config.vision_config.image_size

@@ -137,11 +137,6 @@ class VLM(Judge):
         said = hashlib.sha256(self.instructions.encode()).hexdigest()
         return {"model": self.model, "url": self.url, "instructions_sha256": said}
 
-    def score(
-        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
-    ) -> Float[Tensor, "batch label"]:
-        return self.see(images, prompts).scores
-
     def see(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> Look:
         self._require_model()
         pictures = as_pil(images)
