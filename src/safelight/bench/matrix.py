@@ -383,7 +383,9 @@ class Bench:
         run = Run(self.out / noted["run"])
         arm = "protected" if cell.row.protects else "base"
         values = [row for row in run.values if row["arm"] == arm]
-        return {**known, "run": noted["run"], "arm": arm, "values": values}
+        shared = self._base_folder(cell.row.model, cell.column)
+        base = {} if cell.column.attack else {"base": str(shared.relative_to(self.out))}
+        return {**known, "run": noted["run"], **base, "arm": arm, "values": values}
 
 
 # Methods from a suite's tables
