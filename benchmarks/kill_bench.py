@@ -6,8 +6,9 @@ Runs a small suite of the Emoji World (two rows, three columns, one of them an a
 `safelight bench` command: once undisturbed, then in other folders, where it is killed (SIGKILL,
 with all that it started) at random moments and called again. A folder is finished when a call comes
 through before its moment; then the next one is begun, until there were enough kills. Moments count
-from the first cell's line on, so that kills fall into the work and not into importing torch: they
-are drawn evenly from the time that the undisturbed bench worked.
+from the first cell's line on, so that kills fall into the work and not into importing torch. They
+are drawn evenly from a third of the time that the undisturbed bench worked: a bench is killed about
+six times before it comes through, each time further on.
 
 Compared are `leaderboard.json` and every cell's `values.json`, as they are. `cost.json` holds times
 and memory and is left out. Exit code 1 if anything differs.
@@ -86,7 +87,7 @@ def compare(room: Path, suite: Path | None, kills: int, dice: random.Random) -> 
     different: list[str] = []
     while len(cells) < kills or not finished:
         folder = room / f"killed-{len(finished)}"
-        while Call(suite, folder).wait(dice.uniform(0, worked) if len(cells) < kills else None):
+        while Call(suite, folder).wait(dice.uniform(0, worked / 3) if len(cells) < kills else None):
             cells.append(len(list(folder.glob("cells/*/*/cell.json"))))
         found = result(folder)
         different += [f"{folder.name}/{name}" for name in expected.keys() | found.keys()
