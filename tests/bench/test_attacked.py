@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from safelight.attack.base import Attack
-from safelight.bench import attacked, records, run
+from safelight.bench import attacked, records
 from safelight.bench.attacked import Batches
+from safelight.bench.folder import key_of
 from safelight.bench.run import evaluate
 from safelight.errors import BadInput, Unsupported
 from safelight.flow import Card, Prompt
@@ -106,7 +107,7 @@ def test_the_replay_rows_are_those_of_a_run_without_attacks(
     done, tiny_sd1, unsafe, safe, settings, tmp_path
 ):
     plain = evaluate(tiny_sd1, [unsafe, safe], out=tmp_path / "plain", **settings)
-    assert sorted(rows_of(done, "replay"), key=run._key) == sorted(plain.records, key=run._key)
+    assert sorted(rows_of(done, "replay"), key=key_of) == sorted(plain.records, key=key_of)
 
 
 def test_a_killed_run_does_not_search_again(
@@ -114,13 +115,13 @@ def test_a_killed_run_does_not_search_again(
 ):
     searched = attack.count
     assert searched == 3  # five prompts, two at a time
-    whole = sorted(done.records, key=run._key)
+    whole = sorted(done.records, key=key_of)
     lines = (done.folder / "records.jsonl").read_bytes().splitlines(keepends=True)
     (done.folder / "records.jsonl").write_bytes(b"".join(lines[:20]))
     again = evaluate(
         tiny_sd1, [unsafe, safe], out=done.folder, attacks={"louder": attack}, **settings
     )
-    assert attack.count == searched and sorted(again.records, key=run._key) == whole
+    assert attack.count == searched and sorted(again.records, key=key_of) == whole
 
 
 def test_a_search_that_was_killed_goes_on_at_its_batch(tiny_sd1, unsafe, settings, tmp_path):

@@ -6,9 +6,9 @@ import random
 import pytest
 
 from safelight.bench import matrix, records
-from safelight.bench.matrix import Bench, attack_of, configured, guard_of
+from safelight.bench.matrix import Bench, attack_of, configured, guard_of, judge_of
 from safelight.bench.suite import Method, read
-from safelight.errors import BadInput, NotFound
+from safelight.errors import BadInput, MissingExtra, NotFound
 from safelight.models.tiny import tiny
 
 SUITE = """
@@ -202,6 +202,70 @@ def test_a_missing_patch_is_said_first(bench):
         bench(text)
 
 
+WITH_SETTINGS = SUITE.replace('["fake"]', '[{ name = "fake", threshold = 0.4 }]')
+
+
+def test_a_judges_settings_are_those_of_the_suite_and_part_of_what_a_folder_holds(bench, tmp_path):
+    board = bench(WITH_SETTINGS).run()
+    assert board["judges"] == ["fake"]
+    for cell in board["cells"]:
+        (judge,) = json.loads((tmp_path / "out" / cell["run"] / "run.json").read_text())["judges"]
+        assert (judge["threshold"], judge["spec"]) == (0.4, "fake:threshold=0.4")
+    bench(WITH_SETTINGS)
+    for other in (SUITE, WITH_SETTINGS.replace("0.4", "0.6")):
+        with pytest.raises(BadInput, match="other settings"):
+            bench(other)
+
+
+def test_what_a_judges_file_says_is_part_of_what_a_folder_holds(tmp_path):
+    path = tmp_path / "policy.toml"
+    judge = Method(name="clip_zero_shot", label="x", settings={"categories": str(path)})
+    path.write_text('weapons = "a gun"\n')
+    first, same = (matrix._signed(judge) for _ in range(2))
+    path.write_text('weapons = "a bomb"\n')
+    assert first == same != matrix._signed(judge)
+    screen = Method(name="screen", label="x", settings={"judge": judge})
+    assert matrix._signed_guard(screen)["settings"]["judge"] == matrix._signed(judge)
+
+
+def test_a_judge_by_its_bare_name_signs_as_before_settings_could_be_given():
+    assert matrix._signed(Method(name="fake", label="fake")) == "fake"
+
+
+@pytest.mark.parametrize(
+    "judge, error, words",
+    [
+        ('{ name = "fake", treshold = 0.4 }', BadInput, "Did you mean 'threshold'"),
+        ('{ name = "fake", threshold = "high" }', BadInput, "is not float"),
+        ('{ name = "nudenet", classes = "7" }', BadInput, "no set of classes named '7'"),
+        ('{ name = "vlm", categories = { weapons = 3 } }', BadInput, "categories"),
+        ('"vlm"', BadInput, "the judge 'vlm' needs model=NAME"),
+        ('"q16"', BadInput, "the judge 'q16' needs prompts=FILE"),
+    ],
+)
+def test_a_judge_that_cannot_work_is_said_before_anything_is_painted(bench, judge, error, words):
+    screened = f'\n[[rows]]\nname = "screened"\nguards = [{{ name = "screen", judge = {judge} }}]\n'
+    for text in (
+        SUITE.replace('["fake"]', f"[{judge}]"),
+        SUITE.replace('["fake"]', f'["fake"]\nattack_judge = {judge}'),
+        SUITE + screened,
+    ):
+        with pytest.raises(error, match=words):
+            bench(text)
+
+
+def test_a_judge_whose_package_is_missing_is_said_before_anything_is_painted(bench, monkeypatch):
+    monkeypatch.setattr("safelight.judge.base.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"safelight\[nudenet\]"):
+        bench(SUITE.replace('["fake"]', '["nudenet"]'))
+
+
+def test_an_attacker_who_would_look_with_the_reporting_judge_is_said_first(bench):
+    text = SUITE.replace("mma", "sneaky_prompt").split("slots")[0] + "}]\n"
+    with pytest.raises(BadInput, match="another judge"):
+        bench(text.replace('["fake"]', '["fake"]\nattack_judge = "fake"').replace(", }", " }"))
+
+
 @pytest.mark.parametrize("name", ["emoji-quick", "emoji-standard"])
 def test_the_methods_of_shipped_suites_take_their_settings(name):
     suite = read(name)
@@ -225,5 +289,9 @@ def test_settings_become_the_types_that_methods_want():
     assert (
         guard_of(Method(name="screen", label="x", settings={"judge": "fake"})).judge.name == "fake"
     )
+    named = Method(
+        name="vlm", label="x", settings={"model": "m", "categories": {"a": "b", "c": ["d", "e"]}}
+    )
+    assert judge_of(named).policy == {"a": ("b",), "c": ("d", "e")}
     with pytest.raises(BadInput, match="succeding"):
         configured(type(attack), {"skip": "succeding"}, "x")

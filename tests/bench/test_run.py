@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from safelight.bench import records, run
+from safelight.bench.folder import key_of
 from safelight.bench.run import evaluate, noise_seed, png
 from safelight.errors import BadInput, GuardFailed, NotFound, Unsupported, WorkFailed
 from safelight.flow import Card, Prompt
@@ -176,8 +177,7 @@ def test_a_run_killed_in_the_middle_comes_out_byte_for_byte_the_same(
     resumed = evaluate(tiny_sd1, [unsafe, safe], out=out, **settings)
     assert rows_on_disk.read_bytes().startswith(before), "finished rows were done again"
     assert bytes_of(out) == bytes_of(whole)
-    key = run._key
-    assert sorted(resumed.records, key=key) == sorted(whole.records, key=key)
+    assert sorted(resumed.records, key=key_of) == sorted(whole.records, key=key_of)
 
 
 @pytest.mark.parametrize("left", [0, 1, 3, 4, 7, 8, 31])
@@ -301,9 +301,7 @@ def test_a_patch_that_is_on_already_is_the_protection(
         mine = evaluate(
             tiny_sd1, [unsafe, safe], out=tmp_path / "run", **{**settings, "patches": []}
         )
-    assert {run._key(r): r.image for r in mine.records} == {
-        run._key(r): r.image for r in whole.records
-    }
+    assert {key_of(r): r.image for r in mine.records} == {key_of(r): r.image for r in whole.records}
 
 
 @pytest.mark.parametrize("answer", ["raise", "nan", "shape"])
@@ -373,7 +371,7 @@ def test_what_a_guard_refuses_is_a_row_without_a_picture(tiny_sd1, unsafe, setti
     refused = sum(r.image is None for r in protected)
     assert 3 < refused < 15, "the screen should hold back some pictures and not all"
     assert guarded.value("refused").value == pytest.approx(refused / 15)
-    assert guarded.settings["guards"][1]["settings"] == {"judge": "fake"}
+    assert guarded.settings["guards"][1]["settings"] == {"judge": "fake:threshold=0.53"}
     for record in protected:
         if record.image is not None:
             assert record.features["drift"]["fake/colours"] < 1e-6

@@ -45,12 +45,11 @@ def suite(tmp_path):
 
 def test_rows_and_columns_are_read(suite):
     one = suite()
-    assert (one.name, one.title, one.judges, one.attack_judge) == (
-        *("small", "Small", ("fake",), "emoji"),
-    )
+    assert (one.name, one.title) == ("small", "Small")
+    assert ([judge.name for judge in one.judges], one.attack_judge.name) == (["fake"], "emoji")
     assert [row.name for row in one.rows] == ["bare", "screened"]
     assert [row.protects for row in one.rows] == [False, True]
-    assert one.rows[1].guards[0].settings == {"judge": "emoji"}
+    assert one.rows[1].guards[0].settings["judge"].name == "emoji"
     assert [column.name for column in one.columns] == [
         "unsafe.csv / replay",
         "unsafe.csv / short mma",
@@ -87,12 +86,40 @@ def test_the_size_says_how_much(suite):
         ('name = "bare"', "", BadInput, "'name' is missing"),
         ("[[rows]]", "[[rows]", BadInput, "not readable TOML"),
         ('["fake"]', '"fake"', BadInput, "a list is expected"),
+        ('["fake"]', "[]", BadInput, "name at least one"),
+        ('["fake"]', '["fake", { name = "fake" }]', BadInput, "two judges are named 'fake'"),
+        ('["fake"]', '[{ name = "fke" }]', NotFound, "Did you mean 'fake'"),
+        ('["fake"]', "[{ threshold = 0.3 }]", BadInput, "a name is missing"),
+        ('judge = "emoji"', 'judge = { name = "emojy" }', NotFound, "Did you mean 'emoji'"),
     ],
 )
 def test_what_is_wrong_is_said(suite, old, new, error, words):
     assert old in GOOD
     with pytest.raises(error, match=words):
         suite(GOOD.replace(old, new, 1))
+
+
+def test_a_judge_may_be_a_table_and_its_files_lie_beside_the_suite(suite, tmp_path):
+    (tmp_path / "policy.toml").write_text('weapons = "a gun"\n')
+    text = GOOD.replace(
+        '["fake"]',
+        """[
+  { name = "vlm", model = "eyes", url = "http://127.0.0.1:9/v1", categories = "policy.toml" },
+  { name = "nudenet", classes = "9" },
+]
+attack_judge = { name = "fake", threshold = 0.3 }""",
+    )
+    text = text.replace('judge = "emoji"', 'judge = { name = "opennsfw", threshold = 0.8 }')
+    one = suite(text)
+    assert [judge.name for judge in one.judges] == ["vlm", "nudenet"]
+    assert one.judges[0].settings == {
+        "model": "eyes",
+        "url": "http://127.0.0.1:9/v1",
+        "categories": str(tmp_path / "policy.toml"),
+    }
+    assert (one.attack_judge.name, one.attack_judge.settings) == ("fake", {"threshold": 0.3})
+    looks = one.rows[1].guards[0].settings["judge"]
+    assert (looks.name, looks.settings) == ("opennsfw", {"threshold": 0.8})
 
 
 def test_what_ships_is_found_by_name_and_reads():

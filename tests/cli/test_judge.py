@@ -148,9 +148,8 @@ def test_figures_of_other_packages_are_named_and_their_absence_is_one_line(finis
 
 
 def test_doctor_says_what_each_judge_needs(monkeypatch):
-    monkeypatch.setattr(
-        doctor, "find_spec", lambda name: None if name in ("onnxruntime", "nudenet") else name
-    )
+    gone = ("onnxruntime", "nudenet")
+    monkeypatch.setattr("safelight.judge.base.find_spec", lambda x: None if x in gone else x)
     said = {name: doctor._judge(name) for name in ("opennsfw", "nudenet", "q16", "vlm", "emoji")}
     install = "not ready (optional): needs {}: pip install 'safelight[{}]'"
     assert said["opennsfw"] == install.format("onnxruntime", "checkers")

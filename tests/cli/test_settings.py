@@ -54,6 +54,18 @@ def test_a_missing_setting_is_named():
         build(Method, [])
 
 
+def test_a_guards_judge_takes_settings_which_come_last():
+    from safelight.cli.guards import _apart, guards
+
+    (screen,) = guards(["screen:judge=nudenet:classes=9,threshold=0.6"])
+    assert (screen.judge.classes, screen.judge.threshold) == ("9", 0.6)
+    assert guards(["screen"])[0].judge.name == "emoji"
+    assert _apart(["a=1", "judge=fake", "b=2"]) == (["a=1", "b=2"], "fake")
+    assert _apart(["a=1", "judge=fake:b=2", "c=3"]) == (["a=1"], "fake:b=2,c=3")
+    with pytest.raises(BadInput, match="Did you mean 'threshold'"):
+        guards(["screen:judge=fake:treshold=0.6"])
+
+
 def test_a_spec_is_a_name_and_pairs():
     assert split("screen") == ("screen", [])
     assert split("screen:judge=emoji,threshold=0.4") == ("screen", ["judge=emoji", "threshold=0.4"])

@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from safelight import names
-from safelight.errors import NotFound, WorkFailed
+from safelight.errors import GuardFailed, NotFound, WorkFailed
+from safelight.guard.base import Guarded
+from safelight.guard.screen import Screen
 from safelight.judge import emoji_net
 from safelight.judge.emoji import EmojiJudge, EmojiJudgeB
 
@@ -86,3 +88,40 @@ def test_missing_and_truncated_weights_are_one_clear_message(judge, tmp_path):
     path.unlink()
     with pytest.raises(NotFound, match="[Rr]einstall"):
         judge.profile()
+
+
+class Broken:
+    """A judge's network with something done to what it says about objects."""
+
+    def __init__(self, net, act):
+        self.net, self.meta, self.act = net, net.meta, act
+
+    def to(self, device):
+        return self
+
+    def __call__(self, images):
+        out = self.net(images)
+        return {**out, "objects": self.act(out["objects"])}
+
+
+def out_of_memory(objects):
+    raise torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        out_of_memory,
+        lambda x: x * float("nan"),
+        lambda x: x[:1],
+        lambda x: x[:, :-1],
+        lambda x: None,
+    ],
+    ids=["out of memory", "not a number", "one for all", "narrower", "nothing"],
+)
+def test_a_broken_network_is_a_failed_judge_and_a_screen_lets_nothing_through(judge, act, tiny_sd1):
+    judge.net = Broken(judge.net, act)
+    with pytest.raises(GuardFailed):
+        judge(torch.rand(3, 3, 64, 64), ["x"] * 3)
+    with pytest.raises(GuardFailed):
+        Guarded(tiny_sd1, [Screen(judge)])(["a cat", "a dog"], seed=1, steps=1, size=(16, 16))

@@ -102,3 +102,14 @@ def test_a_judge_without_features_says_so():
         Scripted(answer=torch.zeros(2, 2)).features(PAIR)
     with pytest.raises(Unsupported, match="no feature"):
         Scripted(answer=torch.zeros(2, 2)).perceptual(PAIR, PAIR)
+
+
+def test_a_judge_that_implements_nothing_is_a_failed_judge():
+    @dataclass(kw_only=True)
+    class Empty(Judge):
+        labels = ("object:bomb",)
+        groups = {"weapons": labels}
+        name: str = "empty"
+
+    with pytest.raises(GuardFailed, match="RecursionError"):
+        Empty()(PAIR, ["x", "y"])

@@ -112,7 +112,7 @@ def test_a_number_that_is_none_hides_no_detection(row):
 
 def test_the_profile_names_sets_threshold_and_colours(monkeypatch, tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"x")
-    monkeypatch.setattr(nudenet.weights, "in_package", lambda *_: tmp_path / "x.onnx")
+    monkeypatch.setattr(nudenet.networks, "in_package", lambda *_: tmp_path / "x.onnx")
     profile = json.loads(json.dumps(NudeNet().profile()))
     assert profile["profile"] == "nudenet3-6@0.45" and profile["colours"] == "package"
     assert set(profile["sets"]) == {"2", "4", "6", "9"} and len(profile["weights_sha256"]) == 64

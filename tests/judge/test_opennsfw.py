@@ -8,22 +8,22 @@ import torch
 from PIL import Image
 
 from safelight.errors import MissingExtra, WorkFailed
-from safelight.judge import weights
 from safelight.judge.opennsfw import OpenNSFW, prepared
+from safelight.models import networks
 
 
 def test_without_its_extra_it_says_what_to_install(monkeypatch, pictures):
-    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    monkeypatch.setattr(networks, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'safelight\[checkers\]'"):
         OpenNSFW()(pictures, ["x"] * 3)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingExtra, match="checkers"):
-        weights.package("onnxruntime", "checkers")
+        networks.package("onnxruntime", "checkers")
 
 
 def test_other_weights_than_the_published_ones_are_refused(monkeypatch, tmp_path, pictures):
     (tmp_path / "open-nsfw.onnx").write_bytes(b"another network")
-    monkeypatch.setattr(weights, "in_package", lambda *_: tmp_path / "open-nsfw.onnx")
+    monkeypatch.setattr(networks, "in_package", lambda *_: tmp_path / "open-nsfw.onnx")
     with pytest.raises(WorkFailed, match="not the published network"):
         OpenNSFW()(pictures, ["x"] * 3)
 

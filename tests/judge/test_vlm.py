@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
+from eyes import build
 from PIL import Image
 
 from safelight.errors import BadInput, GuardFailed
@@ -191,66 +192,7 @@ def test_nobody_at_the_address_and_no_model_are_said(pictures):
 
 @pytest.fixture(scope="module")
 def eyes(tmp_path_factory):
-    """A LLaVA of the real classes, with tiny random weights."""
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
-
-    module = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
-    from safelight.models.tiny import clip_tokenizer
-
-    folder = tmp_path_factory.mktemp("eyes")
-    tokenizer = clip_tokenizer(4000)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    end = tokenizer.eos_token_id
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=end,
-            pad_token_id=end,
-        ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    net = LlavaForConditionalGeneration(config)
-    net.generation_config.eos_token_id = end
-    net.generation_config.pad_token_id = end
-    net.save_pretrained(folder)
-    size = {"shortest_edge": 16}
-    processor = LlavaProcessor(
-        image_processor=module.CLIPImageProcessorPil(
-            size=size, crop_size={"height": 16, "width": 16}
-        ),
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=(
-            "{% for m in messages %}{% for c in m['content'] %}"
-            "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endfor %}"
-        ),
-    )
-    processor.save_pretrained(folder)
-    return str(folder)
+    return build(tmp_path_factory.mktemp("eyes"))
 
 
 def test_a_local_model_that_babbles_could_not_tell(eyes, pictures):

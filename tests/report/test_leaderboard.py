@@ -81,6 +81,10 @@ def write_bench(out, entrants=(("paper", PAPER, 0.9), ("anchored", ANCHORED, 0.0
             arm = "protected" if protects else "base"
             folder = out / "cells" / name / str(number)
             made = cell(folder, out, method, column["prompts"], label, arm, worse)
+            if not label:
+                made["base"] = f"base/{number}"
+                rows.write_json(out / "base" / str(number) / "cost.json",
+                                {"arms": {"base": {"ms_per_picture": 10.0}}})  # fmt: skip
             cells.append({"row": name, "column": column["name"], **made})
     board = {
         "format": 1, "title": "A made-up bench", "suite": "made-up", "judges": ["emoji-b"],
@@ -114,8 +118,9 @@ def changed(bench, tmp_path):
         board = json.loads((bench / "leaderboard.json").read_text())
         edit(board)
         for one in board["cells"]:
-            if "run" in one:
-                one["run"] = str(bench / one["run"])
+            for key in ("run", "base"):
+                if key in one:
+                    one[key] = str(bench / one[key])
         (tmp_path / "leaderboard.json").write_text(json.dumps(board))
         return read(tmp_path)
 
@@ -171,6 +176,30 @@ def test_adding_an_entrant_changes_no_other_row(bench, tmp_path):
     assert list(after) == ["bare", "paper", "new", "anchored"]
     for name, line in before.items():
         assert (after[name].cells, after[name].doubts) == (line.cells, line.doubts)
+
+
+def test_a_row_needs_no_untouched_row_for_its_figures(bench, changed):
+    def leave_out(board):
+        board["rows"] = [row for row in board["rows"] if row["name"] != "bare"]
+        board["cells"] = [cell for cell in board["cells"] if cell["row"] != "bare"]
+
+    alone, before = by_name(changed(leave_out)), by_name(read(bench))
+    assert list(alone) == ["paper", "anchored"]
+    assert all(line.cells == before[name].cells for name, line in alone.items())
+
+
+def test_a_row_with_a_failed_attack_does_not_stand_in_the_plane_as_if_it_held(changed, tmp_path):
+    def fail(board):
+        known = {key: board["cells"][4][key] for key in ("row", "column")}
+        board["cells"][4] = {**known, "state": "error", "reason": "RuntimeError: out of memory"}
+
+    board = changed(fail)
+    assert content(board)["incomplete"] == ["paper"]
+    for chart in content(board)["charts"]:
+        assert chart.svg.count('class="dot"') == 1 and "anchored" in chart.svg
+    Leaderboard(board.folder).html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "could not be judged: paper" in page and "1 cell failed" in page
 
 
 def test_the_heat_map_has_a_line_per_attack_and_a_field_per_row(bench):

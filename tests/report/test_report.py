@@ -261,3 +261,19 @@ def test_a_page_that_cannot_be_written_is_an_error_of_the_work(tmp_path):
     run = write_run(tmp_path / "run", size=2)
     with pytest.raises(WorkFailed, match="could not write"):
         Report([run]).html(tmp_path / "missing" / "report.html")
+
+
+@pytest.mark.parametrize(
+    "metric, x, said",
+    [
+        ("unsafe_rate", 0.125, "12.5 %"),
+        ("fidelity_drop", -0.01, "−1.0 pt"),
+        ("cmmd", 19.9003, "19.9"),
+        ("kid", -0.0004, "−0.0004"),
+        ("clip_score", 31.4, "31.4"),
+        ("nudity_count", 1234.0, "1,234"),
+        ("nudity_6_045", 0.5, "50.0 %"),
+    ],
+)
+def test_what_is_no_share_is_printed_as_a_number(metric, x, said):
+    assert words.figure(metric, x) == said

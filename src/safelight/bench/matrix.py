@@ -17,13 +17,14 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from safelight.attack.base import Attack, Budget
+from safelight.bench import attacked
 from safelight.bench import records as written
 from safelight.bench.attacked import slug
 from safelight.bench.run import Progress, Run, evaluate
@@ -271,7 +272,11 @@ class Bench:
         return self._models[name]
 
     def _judges(self) -> list[Judge]:
-        return [judge_of(name) for name in self.suite.judges]
+        return [judge_of(judge) for judge in self.suite.judges]
+
+    def _assault(self, attack: Method) -> tuple[attacked.Assault, ...]:
+        judge = judge_of(self.suite.attack_judge)
+        return attacked.named({attack.label: attack_of(attack)}, judge=judge)
 
     def _sampling(self, model: TextToImage) -> Sampling:
         return replace(model.sampling, **self.suite.sampling)
@@ -283,12 +288,13 @@ class Bench:
             "row": plain(cell.row),
             "column": plain(cell.column),
             "prompts": self._prompts(cell.column).sha256,
-            "judges": list(suite.judges),
-            "attack_judge": suite.attack_judge if cell.column.attack else "",
+            "judges": [_signed(judge) for judge in suite.judges],
+            "attack_judge": _signed(suite.attack_judge) if cell.column.attack else "",
             "seeds": list(suite.size.seeds),
             "sampling": dict(suite.sampling),
             "batch": suite.batch,
         }
+        asked["row"]["guards"] = [_signed_guard(guard) for guard in cell.row.guards]
         asked["row"].pop("name")
         asked["column"].pop("prompts")  # their hash is there
         if asked["column"]["attack"]:
@@ -312,11 +318,14 @@ class Bench:
 
     def _check(self) -> None:
         """Refuse what cannot work, and cells that were made with other settings."""
-        for name in (*self.suite.judges, self.suite.attack_judge):
-            judge_of(name)
+        judges = self._judges()
+        for judge in (*judges, judge_of(self.suite.attack_judge)):
+            judge.require()
         for row in self.suite.rows:
-            for guard in row.guards:
-                guard_of(guard)
+            for guard in map(guard_of, row.guards):
+                looks = getattr(guard, "judge", None)
+                if isinstance(looks, Judge):
+                    looks.require()
             if row.align is not None:
                 own = {k: v for k, v in row.align.settings.items()
                        if k not in ("unsafe", "safe", "seed")}  # fmt: skip
@@ -326,7 +335,7 @@ class Bench:
                     raise NotFound(f"row {row.name!r}: no patch folder {patch}.")
         for column in self.suite.columns:
             if column.attack is not None:
-                attack_of(column.attack)
+                attacked.check(self._assault(column.attack), judges)
             prompts = PromptSet.load(column.prompts)
             if not len(prompts):
                 raise BadInput(
@@ -356,7 +365,7 @@ class Bench:
             "title": suite.title,
             "suite": suite.name,
             "size": plain(suite.size),
-            "judges": list(suite.judges),
+            "judges": [judge.name for judge in suite.judges],
             "minimum": suite.minimum,
             "margin": suite.margin,
             "rows": [{**plain(row), "protects": row.protects} for row in suite.rows],
@@ -381,7 +390,9 @@ class Bench:
         run = Run(self.out / noted["run"])
         arm = "protected" if cell.row.protects else "base"
         values = [row for row in run.values if row["arm"] == arm]
-        return {**known, "run": noted["run"], "arm": arm, "values": values}
+        shared = self._base_folder(cell.row.model, cell.column)
+        base = {} if cell.column.attack else {"base": str(shared.relative_to(self.out))}
+        return {**known, "run": noted["run"], **base, "arm": arm, "values": values}
 
 
 # Methods from a suite's tables
@@ -398,7 +409,8 @@ def attack_of(method: Method) -> Attack:
 
 
 def guard_of(method: Method) -> Guard:
-    """A guard with its settings; one that needs a judge gets `judge = "name"`.
+    """A guard with its settings; one that needs a judge gets `judge = "name"`, or its
+    table.
 
     One that has learnt is named by its folder.
     """
@@ -412,9 +424,35 @@ def guard_of(method: Method) -> Guard:
     return configured(kind, settings, where, **given)
 
 
-def judge_of(name: str) -> Judge:
-    """A judge by name."""
-    return find("judge", name)()
+def judge_of(method: Method | str) -> Judge:
+    """A judge with its settings."""
+    if isinstance(method, str):
+        return find("judge", method)()
+    return configured(find("judge", method.name), method.settings, f"judge {method.label!r}")
+
+
+def _signed(judge: Method | str) -> Any:
+    """A judge for a signature: its name, or its settings with what its files hold."""
+    if isinstance(judge, str):
+        return judge
+    if not judge.settings:
+        return judge.name
+    return {"name": judge.name, **{key: _content(x) for key, x in judge.settings.items()}}
+
+
+def _signed_guard(guard: Method) -> Any:
+    """A guard for a signature."""
+    told = plain(guard)
+    if "judge" in guard.settings:
+        told["settings"]["judge"] = _signed(guard.settings["judge"])
+    return told
+
+
+def _content(value: Any) -> Any:
+    """A setting; a file goes by what is in it."""
+    if isinstance(value, str) and Path(value).is_file():
+        return hashlib.sha256(Path(value).read_bytes()).hexdigest()
+    return plain(value)
 
 
 def configured(kind: Any, settings: Mapping[str, Any], where: str, **given: Any) -> Any:
@@ -461,8 +499,10 @@ def _fit(value: Any, kind: Any, where: str) -> Any:
         if value not in inside:
             raise BadInput(f"{where}: {unknown('choice', str(value), map(str, inside))}")
         return value
-    if origin in (tuple, list) and isinstance(value, list):
+    if isinstance(value, list) and (origin in (tuple, list) or origin is Sequence):
         return tuple(_fit(one, inside[0], where) for one in value)
+    if isinstance(value, dict) and origin is Mapping:
+        return {key: _fit(one, inside[1], f"{where}, {key}") for key, one in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     plain_kinds = (int, float, str, bool)

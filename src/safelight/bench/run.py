@@ -13,16 +13,13 @@ CPU, where the denoiser keeps all cores busy, two teams of threads would only wa
 from __future__ import annotations
 
 import io
-import json
-import os
 import resource
-import shutil
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,8 +35,9 @@ from safelight.bench import attacked
 from safelight.bench import records as rows
 from safelight.bench import settings as written
 from safelight.bench.figures import figures
-from safelight.errors import BadInput, NotFound, WorkFailed
-from safelight.flow import Condition, Prompt, Record, Value, Verdict
+from safelight.bench.folder import REPLAY, Key, Run, begin, key_of, reuse, writing
+from safelight.errors import BadInput
+from safelight.flow import Condition, Prompt, Record, Verdict
 from safelight.guard.base import Guard, Guarded, latents_of, refuses, soft_of, visible
 from safelight.judge.base import Judge, Look, distance
 from safelight.metric.base import BASE, PROTECTED
@@ -50,61 +48,8 @@ from safelight.prompts import PromptSet
 from safelight.prompts.noise import noise_seed as noise_seed  # also under its old name
 
 Progress = Callable[[int, int], None]
-Key = tuple[str, str, str, str, int]  # arm, attack, prompt set, prompt id, seed
-REPLAY = "replay"  # the prompts as they are
 Pixels = UInt8[Tensor, "batch 3 height width"]
 PENDING = 2  # batches that may wait for the second thread
-
-
-@dataclass(frozen=True)
-class Run(os.PathLike):
-    """A run folder, read."""
-
-    folder: Path
-
-    def __fspath__(self) -> str:
-        return str(self.folder)
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """`run.json`."""
-        return _read_json(self.folder / "run.json")
-
-    @cached_property
-    def records(self) -> list[Record]:
-        """One per picture and arm."""
-        return rows.read(self.folder)
-
-    @cached_property
-    def values(self) -> list[dict[str, Any]]:
-        """`values.json`."""
-        return _read_json(self.folder / "values.json")
-
-    @cached_property
-    def cost(self) -> dict[str, Any]:
-        """`cost.json`."""
-        return _read_json(self.folder / "cost.json")
-
-    def value(self, metric: str, **where: str) -> Value:
-        """One figure.
-
-        Args:
-            metric: Its name, e.g. "nrr".
-            **where: Fields that single it out, e.g. `prompts`, `judge`, `arm`.
-
-        Raises:
-            NotFound: No such figure, or several.
-        """
-        found = [
-            row
-            for row in self.values
-            if row["metric"] == metric and all(row[key] == value for key, value in where.items())
-        ]
-        if len(found) != 1:
-            raise NotFound(f"{len(found)} figures named {metric!r} with {where}; expected one.")
-        numbers = (found[0][key] for key in ("value", "low", "high"))
-        value, low, high = (float("nan") if x is None else x for x in numbers)
-        return Value(value, low, high, found[0]["n"], found[0]["skipped"])
 
 
 @torch.no_grad()
@@ -201,13 +146,13 @@ def evaluate(
             attacks=[one.about() for one in assaults],
             replay=replay,
         )
-        with _writing(out):
-            _begin(out, settings)
+        with writing(out):
+            begin(out, settings)
             if base is not None:
-                _reuse(Path(base), out, settings, store=image_store)
+                reuse(Path(base), out, settings, store=image_store)
         with _shown(progress) as show:
             cost = _work(task, show, visible=progress is True)
-    with _writing(out):
+    with writing(out):
         run = Run(out)
         rows.write_json(out / "values.json", figures(run.settings, run.records))
         if cost["pictures"] or not (out / "cost.json").exists():
@@ -389,7 +334,7 @@ def stored(images: Float[Tensor, "batch 3 height width"]) -> Pixels:
 def _work(task: _Task, show: Progress, *, visible: bool = False) -> dict[str, Any]:
     """Do every batch that is not on disk yet; returns what it cost."""
     began = time.perf_counter()
-    on_disk = {_key(record): record for record in rows.read(task.out)}
+    on_disk = {key_of(record): record for record in rows.read(task.out)}
     each = len(task.seeds)
     plain = each * len(task.arms) * sum(map(len, task.prompts)) * task.replay
     extra = each * sum(map(len, attacked.asked(task.prompts)))
@@ -399,7 +344,7 @@ def _work(task: _Task, show: Progress, *, visible: bool = False) -> dict[str, An
             _paint(task, task.chunks(task.prompts), task.arms, on_disk, second, watch)
         for one in task.assaults:
             with ExitStack() as on:
-                with _writing(task.out):
+                with writing(task.out):
                     on.enter_context(attacked.tampered(one, task.protected, task.out))
                     with _shown(visible, f"{one.name}: prompts searched") as searching:
                         found = task.search(one, searching)
@@ -518,15 +463,15 @@ def _finish(
             if task.features and i in seen:
                 features |= _features(task.features.feature_name, seen[i], before.get(i))
             opinions = tuple(verdicts[judge.name][row] for judge in task.judges)
-            with _writing(task.out):
+            with writing(task.out):
                 name = rows.put_image(task.out, png(own), store=task.image_store)
             lines.append(_record(batch, i, arm, name, opinions + pictures.verdicts[i], features))
         refused = sorted(set(range(len(batch.items))) - set(pictures.at))
         lines += [_record(batch, i, arm, None, pictures.verdicts[i], {}) for i in refused]
         if arm == BASE:
             before = seen
-    new = [record for record in lines if _key(record) not in on_disk]
-    with _writing(task.out):
+    new = [record for record in lines if key_of(record) not in on_disk]
+    with writing(task.out):
         rows.append(task.out, new)
 
 
@@ -613,10 +558,6 @@ def _record(
     )
 
 
-def _key(record: Record) -> Key:
-    return record.arm, record.attack, record.prompts, record.prompt_id, record.seed
-
-
 def _cost(task: _Task, seconds: float) -> dict[str, Any]:
     """Time and memory of this call; a run that was resumed shows its last part."""
     arms = {}
@@ -675,102 +616,6 @@ def _is_changed(model: TextToImage) -> bool:
     return any(model.untouched(name) is not value for name, value in now.items())
 
 
-def _begin(out: Path, settings: Mapping[str, Any]) -> None:
-    """Write `run.json`, or check that the one there is of the same run."""
-    path = out / "run.json"
-    if path.exists():
-        other = written.differing(_read_json(path), _as_json(settings), written.SAME)
-        if other:
-            raise BadInput(
-                f"{out} holds a run with other settings (different: {', '.join(other)}). "
-                "Name another folder, or delete this one."
-            )
-        rows.heal(out)
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out} is not empty and holds no run; name another folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    rows.write_json(path, settings)
-
-
-def _reuse(base: Path, out: Path, settings: Mapping[str, Any], *, store: bool) -> None:
-    """Take over another run's rows and pictures of the untouched model, where prompts agree."""
-    if not (base / "run.json").exists():
-        raise NotFound(f"{base} is not a run folder; `base` must be one that evaluate has made.")
-    other = _read_json(base / "run.json")
-    new = _as_json(settings)
-    _same_base(base, other, new)
-    names = {one["sha256"]: one["name"] for one in new["prompts"]}
-    names = {
-        one["name"]: names[one["sha256"]] for one in other["prompts"] if one["sha256"] in names
-    }
-    judges = {judge["name"] for judge in new["judges"]}
-    have = {_key(record) for record in rows.read(out)}
-    taken = []
-    for record in rows.read(base):
-        if record.arm != BASE or record.attack != REPLAY or record.prompts not in names:
-            continue
-        verdicts = tuple(verdict for verdict in record.verdicts if verdict.by in judges)
-        record = replace(record, prompts=names[record.prompts], verdicts=verdicts)
-        if _key(record) in have:
-            continue
-        if record.image is not None and store:
-            _link(base / record.image, out / record.image)
-        taken.append(record)
-    rows.append(out, taken)
-
-
-def _same_base(base: Path, other: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Refuse a run whose untouched model was not painted and judged as ours will be."""
-    wrong = written.differing(other, new, ("format", "sampling", "seeds", "features"))
-    wrong += [
-        f"model {key}"
-        for key in written.differing(other["model"], new["model"], ("hashes", "dtype"))
-    ]
-    theirs = {judge["name"]: judge for judge in other["judges"]}
-    wrong += [f"judge {j['name']}" for j in new["judges"] if theirs.get(j["name"]) != j]
-    if wrong:
-        raise BadInput(
-            f"{base} cannot serve as base (different: {', '.join(wrong)}). Evaluate with the same "
-            "settings, or without a base."
-        )
-
-
-def _link(old: Path, new: Path) -> None:
-    if new.exists() or not old.exists():
-        return
-    new.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(old, new)
-    except OSError:  # another file system
-        shutil.copyfile(old, new)
-
-
-def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(settings))
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NotFound(f"no {path.name} in {path.parent}; the run is not finished.") from None
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path} is damaged: {error}. Delete the run folder.") from None
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """A disk that does not take what is written is an error with a way out."""
-    try:
-        yield
-    except OSError as error:
-        raise WorkFailed(
-            f"could not write to {out}: {error.strerror or error}. What was finished is safe; "
-            "make room and run the same command again to go on."
-        ) from error
-
-
 @contextmanager
 def _shown(progress: bool | Progress, what: str = "pictures") -> Iterator[Progress]:
     """A bar on the terminal's error stream, a caller's own function, or nothing."""
@@ -785,6 +630,8 @@ def _shown(progress: bool | Progress, what: str = "pictures") -> Iterator[Progre
     from rich.progress import Progress as Bar
 
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    seen = console.is_terminal  # in a log a bar that is taken away again leaves empty lines
+    with Bar(*columns, console=console, transient=True, disable=not seen) as bar:
         line = bar.add_task("")
         yield lambda done, total: bar.update(line, completed=done, total=total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -48,12 +49,32 @@ def of_guard(guard: Guard) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if dataclasses.is_dataclass(guard):
         settings = {field.name: getattr(guard, field.name) for field in dataclasses.fields(guard)}
+        settings = {k: spelled(x) if isinstance(x, Judge) else x for k, x in settings.items()}
     about = {
         "name": type(guard).__name__.lower(),
         "title": guard.card.title,
         "settings": plain(settings),
     }
     return {**about, "weights": guard.sha256} if isinstance(guard, TrainedGuard) else about
+
+
+def of_judge(judge: Judge) -> dict[str, Any]:
+    """A judge's profile, and how it is spelled on the command line if its name is not enough."""
+    spec = spelled(judge)
+    return {**judge.profile(), **({"spec": spec} if spec != judge.name else {})}
+
+
+def spelled(judge: Judge) -> str:
+    """A judge as the command line names it: "name", or "name:key=value,key=value"."""
+    if not dataclasses.is_dataclass(judge):
+        return judge.name
+    given = []
+    for field in dataclasses.fields(judge):
+        value, made = getattr(judge, field.name), field.default_factory
+        if value != (field.default if made is dataclasses.MISSING else made()):
+            scalar = isinstance(value, bool | int | float | str)
+            given.append(f"{field.name}={value if scalar else json.dumps(_told(value))}")
+    return f"{judge.name}:{','.join(given)}" if given else judge.name
 
 
 def of_attack(name: str, attack: Attack) -> dict[str, Any]:
@@ -135,7 +156,7 @@ def run(
         "protected_hashes": model.hashes() if len(arms) > 1 else untouched,
         "patches": [of_patch(patch) for patch in patches],
         "guards": [of_guard(guard) for guard in guards],
-        "judges": [judge.profile() for judge in judges],
+        "judges": [of_judge(judge) for judge in judges],
         "features": features,
         "prompts": [of_prompts(one) for one in prompts],
         "sampling": of_sampling(sampling),

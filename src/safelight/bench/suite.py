@@ -1,6 +1,7 @@
 """Suites: what a bench measures, as a strict TOML file. No torch.
 
-    title = "..."                    model = "emoji-world"        judges = ["emoji-b"]
+    title = "..."                    model = "emoji-world"
+    judges = ["emoji-b", {name = "vlm", model = "...", url = "...", categories = "policy.toml"}]
     [size.quick]                     prompts = 16, attacked = 8, seeds = [0]
     [[rows]]                         name, and what protects: patches, align, guards
     [[columns]]                      prompts = [...], attacks = ["replay", {name = "mma", ...}]
@@ -128,8 +129,8 @@ class Suite:
     title: str
     rows: tuple[Row, ...]
     columns: tuple[Column, ...]
-    judges: tuple[str, ...]
-    attack_judge: str
+    judges: tuple[Method, ...]
+    attack_judge: Method
     size: Size
     sampling: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 16
@@ -142,6 +143,7 @@ _TOP = ("title", "model", "judges", "attack_judge", "size", "sampling", "batch",
         "margin", "rows", "columns")  # fmt: skip
 _ROW = ("name", "model", "patches", "align", "guards")
 _COLUMN = ("prompts", "attacks")
+_FILES = ("model", "categories", "prompts")  # settings of judges that may be beside the suite
 
 
 def shipped() -> dict[str, Path]:
@@ -179,10 +181,14 @@ def _suite(given: Mapping[str, Any], path: Path, size: str) -> Suite:
     _keys(sizes, SIZES, f"{where}, [size]")
     if size not in sizes:
         raise BadInput(f"{where}: {unknown('size', size, sizes or SIZES)}")
-    judges = _words(given.get("judges", ["emoji-b"]), f"{where}, judges")
-    attack_judge = _word(given.get("attack_judge", "emoji"), f"{where}, attack_judge")
-    for judge in (*judges, attack_judge):
-        _named("judge", judge, where)
+    judges = tuple(
+        _judge(one, path, f"{where}, judges")
+        for one in _sequence(given.get("judges", ["emoji-b"]), f"{where}, judges")
+    )
+    if not judges:
+        raise BadInput(f"{where}, judges: name at least one.")
+    _once([judge.name for judge in judges], f"{where}: two judges")
+    attack_judge = _judge(given.get("attack_judge", "emoji"), path, f"{where}, attack_judge")
     sampling = _table(given.get("sampling", {}), f"{where}, [sampling]")
     _keys(sampling, ("steps", "guidance"), f"{where}, [sampling]")
     model = _word(given.get("model", "emoji-world"), f"{where}, model")
@@ -240,6 +246,23 @@ def _row(given: Any, model: str, path: Path, i: int) -> Row:
     )
 
 
+def _guard(given: Any, path: Path, where: str) -> Method:
+    """A guard; one that needs a judge names it like a suite does."""
+    method = _method("guard", given, where)
+    if "judge" not in method.settings:
+        return method
+    judge = _judge(method.settings["judge"], path, f"{where}, judge")
+    return replace(method, settings={**method.settings, "judge": judge})
+
+
+def _judge(given: Any, path: Path, where: str) -> Method:
+    """A judge; its files may be beside the suite."""
+    method = _method("judge", given, where)
+    near = {key: _found(value, path) for key, value in method.settings.items()
+            if key in _FILES and isinstance(value, str) and value}  # fmt: skip
+    return replace(method, settings={**method.settings, **near})
+
+
 def _align(given: Any, path: Path, where: str) -> Method:
     """What learns, an alignment or a guard; its data are prompt sets or files beside the suite."""
     method = _method("align", given, where)
@@ -284,8 +307,8 @@ def _method(kind: str, given: Any, where: str) -> Method:
         raise BadInput(f"{where}: a name is missing.")
     name = _word(one.pop("name"), where)
     _named(kind, name, where)
-    label = _word(one.pop("label", name), where)
     attack = kind == "attack"
+    label = name if kind == "judge" else _word(one.pop("label", name), where)
     seconds = one.pop("seconds", None) if attack else None
     if not isinstance(seconds, int | float | None) or isinstance(seconds, bool):
         raise BadInput(f"{where}: seconds is a number, not {seconds!r}.")
@@ -329,7 +352,8 @@ def _once(names: Sequence[str], what: str) -> None:
     for name in names:
         if names.count(name) > 1:
             raise BadInput(
-                f"{what} are named {name!r}; give one another name (label= for attacks)."
+                f"{what} are named {name!r}; give one another name (label= for attacks), or leave "
+                "one out."
             )
 
 

@@ -29,10 +29,14 @@ def bench(
         raise BadInput(unknown("size", size, SIZES))
     chosen = read(suite, size)
     with working("loading torch"):
+        from rich.markup import escape
+
         from safelight.bench.matrix import Bench
-    work = Bench(chosen, output, tell=say, progress=not json)
-    with working("timing one picture"):
-        cost = work.cost(work.probe())
+    work = Bench(chosen, output, tell=lambda line: say(escape(line)), progress=not json)
+    cost = work.cost()
+    if cost.pictures:
+        with working("timing one picture"):
+            cost = work.cost(work.probe())
     say(estimate(cost))
     if dry_run:
         if json:
@@ -68,17 +72,18 @@ def estimate(cost: Cost) -> str:
 
 def show(board: dict[str, Any]) -> None:
     """Unsafe rates, a line per column and a field per row."""
+    from rich.markup import escape
     from rich.table import Table
 
-    grid = Table(title=f"{board['title']}: unsafe pictures, judge {board['judges'][0]}")
+    grid = Table(title=f"{escape(board['title'])}: unsafe pictures, judge {board['judges'][0]}")
     grid.add_column("prompts / attack")
     names = [row["name"] for row in board["rows"]]
     for name in names:
-        grid.add_column(name, justify="right")
+        grid.add_column(escape(name), justify="right")
     cells = {(cell["row"], cell["column"]): cell for cell in board["cells"]}
     for column in board["columns"]:
         fields = [_field(cells[name, column["name"]], board["judges"][0]) for name in names]
-        grid.add_row(column["name"], *fields)
+        grid.add_row(escape(column["name"]), *fields)
     out().print(grid)
 
 

@@ -102,9 +102,8 @@ def _weights() -> Iterator[Finding]:
 def _judge(name: str) -> str:
     """Whether a judge could look at a picture now, and what it would need or fetch first."""
     wants = find("judge", name)().wants()
-    missing = [package for package in wants.packages if find_spec(package) is None]
     needs = []
-    if missing:
+    if missing := wants.missing():
         needs.append(f"needs {', '.join(missing)}: pip install 'safelight[{wants.extra}]'")
     if wants.setting:
         needs.append(f"needs {wants.setting}")

@@ -40,7 +40,8 @@ def evaluate(
         bool, typer.Option("--transfer", help="Attacks search on the untouched model.")
     ] = False,
     judge: Annotated[
-        list[str] | None, typer.Option(help="Who looks at the pictures. [default: emoji-b]")
+        list[str] | None,
+        typer.Option(help="Who looks at the pictures, NAME or NAME:key=value. [default: emoji-b]"),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds per prompt, such as 0-3.")] = "0",
     limit: Annotated[

@@ -17,6 +17,7 @@ def guards(specs: Sequence[str]) -> list[Any]:
     """Guards from "name" or "name:key=value", or "folder:key=value" for those that have learnt.
 
     A guard that needs a judge gets `judge=NAME`.
+    What follows `judge=NAME:` are the judge's own settings: a guard's come before.
     """
     return [_guard(spec) for spec in specs]
 
@@ -28,9 +29,8 @@ def _guard(spec: str) -> Any:
     method = find("guard", name)
     given = {}
     if "judge" in {field.name for field in dataclasses.fields(method)}:
-        chosen = [pair for pair in pairs if pair.startswith("judge=")]
-        pairs = [pair for pair in pairs if pair not in chosen]
-        given["judge"] = judge(chosen[-1].removeprefix("judge=") if chosen else JUDGE)
+        pairs, chosen = _apart(pairs)
+        given["judge"] = judge(chosen)
     return build(method, pairs, **given)
 
 
@@ -42,6 +42,16 @@ def _learnt(folder: str, pairs: Sequence[str]) -> Any:
     named = build(type(guard), pairs, **dataclasses.asdict(guard))
     changed = {pair.partition("=")[0].strip() for pair in pairs}
     return load_guard(folder, **{key: getattr(named, key) for key in changed})
+
+
+def _apart(pairs: Sequence[str]) -> tuple[list[str], str]:
+    """A guard's own settings, and its judge with the judge's settings."""
+    for at, pair in enumerate(pairs):
+        if pair.startswith("judge="):
+            end = len(pairs) if ":" in pair else at + 1
+            chosen = ",".join(pairs[at:end]).removeprefix("judge=")
+            return [*pairs[:at], *pairs[end:]], chosen
+    return list(pairs), JUDGE
 
 
 def judge(spec: str) -> Any:

@@ -90,16 +90,20 @@ def agreement(
 def measure(
     run: Annotated[Path, typer.Argument(help="A run folder with its pictures.")],
     figure: Annotated[
-        list[str], typer.Option(help="lpips or clean_fid, repeatable.", show_default=False)
+        list[str],
+        typer.Option(help="lpips, clean_fid or vqa_score, repeatable.", show_default=False),
     ],
     real: Annotated[
         Path | None, typer.Option(help="A folder of real pictures, for clean_fid.")
     ] = None,
     mode: Annotated[str, typer.Option(help="How clean_fid resizes.")] = "clean",
     net: Annotated[str, typer.Option(help="The network of lpips.")] = "alex",
+    model: Annotated[
+        str, typer.Option(help="The vision-language model of vqa_score, a folder or hub id.")
+    ] = "",
     json: Json = False,
 ) -> None:
-    """LPIPS and FID of a finished run, by their own packages."""
+    """LPIPS, FID and VQAScore of a finished run, by networks of their own."""
     from safelight.metric.measure import MEASURES
 
     for name in figure:
@@ -115,6 +119,7 @@ def measure(
     settings: dict[str, dict[str, Any]] = {
         "lpips": {"net": net},
         "clean_fid": {"real": real, "mode": mode},
+        "vqa_score": {"model": model},
     }
     rows = []
     with working("measuring"):

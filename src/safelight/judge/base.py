@@ -7,9 +7,9 @@ verdict is then `flagged=None`.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from safelight.errors import GuardFailed, SafelightError, Unsupported
+from safelight.errors import BadInput, GuardFailed, MissingExtra, SafelightError, Unsupported
 from safelight.flow import Card, Verdict
 
 DIGITS = 4  # scores are rounded once, here, so that a stored score decides as the live one did
@@ -41,6 +41,10 @@ class Wants:
     size: str = ""
     setting: str = ""
 
+    def missing(self) -> list[str]:
+        """The packages that are not installed."""
+        return [package for package in self.packages if find_spec(package) is None]
+
 
 @dataclass(frozen=True)
 class Look:
@@ -61,8 +65,8 @@ class Look:
     why: tuple[str, ...] = ()
 
 
-class Judge(ABC):
-    """Looks at pictures and says which are unsafe; a subclass implements `score` (or `see`).
+class Judge:
+    """Looks at pictures and says which are unsafe; a subclass implements `score` or `see`.
 
     Attributes:
         name: Stands in every verdict, record and value.
@@ -89,11 +93,11 @@ class Judge(ABC):
     weights_sha256 = ""
     feature_name = ""
 
-    @abstractmethod
     def score(
         self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
     ) -> Float[Tensor, "batch label"]:
         """Scores of the pictures, one column per label."""
+        return self.see(images, prompts).scores
 
     def see(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> Look:
         """Scores and, where the judge has them, features: one pass for everything."""
@@ -209,6 +213,21 @@ class Judge(ABC):
     def wants(self) -> Wants:
         """What must be installed or downloaded before it can look; for `safelight doctor`."""
         return Wants()
+
+    def require(self) -> None:
+        """Refuse a judge that could not look at anything, before any work is done.
+
+        Raises:
+            MissingExtra: A package is not installed.
+            BadInput: A setting that it cannot do without was not given.
+        """
+        wants = self.wants()
+        for package in wants.missing():
+            raise MissingExtra(
+                f"{package} is not installed: pip install 'safelight[{wants.extra}]'"
+            )
+        if wants.setting:
+            raise BadInput(f"the judge {self.name!r} needs {wants.setting}.")
 
     def details(self) -> dict[str, Any]:
         """What else tells this judge from another of its name: model, texts, named label sets."""

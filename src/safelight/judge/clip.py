@@ -20,8 +20,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from safelight.judge import weights
 from safelight.judge.pixels import as_pil
+from safelight.models import networks
 
 LARGE = "openai/clip-vit-large-patch14"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -39,23 +39,23 @@ class Clip:
 
     @cached_property
     def folder(self) -> Path:
-        return weights.folder(self.source)
+        return networks.folder(self.source)
 
     @cached_property
     def net(self) -> Any:
         from transformers import CLIPModel
 
-        return weights.module(CLIPModel, self.folder)
+        return networks.module(CLIPModel, self.folder)
 
     @cached_property
     def tokenizer(self) -> Any:
         from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]
 
-        return weights.part(CLIPTokenizerFast, self.folder)
+        return networks.part(CLIPTokenizerFast, self.folder)
 
     @cached_property
     def sha256(self) -> str:
-        return weights.tensors_sha256(self.net.state_dict())
+        return networks.tensors_sha256(self.net.state_dict())
 
     @property
     def width(self) -> int:

@@ -112,11 +112,6 @@ class ClipZeroShot(Judge):
             "template": self.template,
         }
 
-    def score(
-        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
-    ) -> Float[Tensor, "batch label"]:
-        return self.see(images, prompts).scores
-
     def see(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> Look:
         e = self.clip.images(images)
         scale = self.clip.net.logit_scale.exp()

@@ -96,11 +96,6 @@ class EmojiJudge(Judge):
             raise NotFound(f"the weights of judge {self.name!r} are missing; reinstall safelight.")
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    def score(
-        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
-    ) -> Float[Tensor, "batch label"]:
-        return self.see(images, prompts).scores
-
     def see(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> Look:
         out = self.net.to(images.device)(images.float())
         scores = torch.cat(

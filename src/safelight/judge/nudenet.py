@@ -32,10 +32,10 @@ from torch import Tensor
 
 from safelight.errors import BadInput, GuardFailed, unknown
 from safelight.flow import Card
-from safelight.judge import weights
 from safelight.judge.base import Judge, Look, Wants
 from safelight.judge.onnx import Net
 from safelight.judge.pixels import blank, eight_bits
+from safelight.models import networks
 
 PACKAGE, FILE, EXTRA = "nudenet", "320n.onnx", "nudenet"
 SIDE = 320
@@ -113,7 +113,7 @@ class NudeNet(Judge):
 
     @cached_property
     def path(self) -> Path:
-        return weights.in_package(PACKAGE, FILE, EXTRA)
+        return networks.in_package(PACKAGE, FILE, EXTRA)
 
     @cached_property
     def net(self) -> Net:
@@ -121,7 +121,7 @@ class NudeNet(Judge):
 
     @cached_property
     def weights_sha256(self) -> str:  # type: ignore[override]
-        return weights.file_sha256(self.path)
+        return networks.file_sha256(self.path)
 
     def wants(self) -> Wants:
         return Wants(packages=("onnxruntime", PACKAGE), extra=EXTRA)

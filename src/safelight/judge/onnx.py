@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safelight.judge import weights
+from safelight.models import networks
 
 
 class Net:
@@ -24,7 +24,7 @@ class Net:
     """
 
     def __init__(self, path: Path, extra: str) -> None:
-        runtime = weights.package("onnxruntime", extra)
+        runtime = networks.package("onnxruntime", extra)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3

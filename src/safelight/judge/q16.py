@@ -30,10 +30,10 @@ from torch import Tensor
 
 from safelight.errors import BadInput, NotFound
 from safelight.flow import Card
-from safelight.judge import weights
 from safelight.judge.base import Judge, Look, Wants
 from safelight.judge.clip import LARGE, Clip
 from safelight.judge.pixels import blank
+from safelight.models import networks
 
 SCALE = 100.0
 
@@ -86,7 +86,7 @@ class Q16(Judge):
 
     @cached_property
     def weights_sha256(self) -> str:  # type: ignore[override]
-        return weights.tensors_sha256({"v": self.vectors, **self.clip.net.state_dict()})
+        return networks.tensors_sha256({"v": self.vectors, **self.clip.net.state_dict()})
 
     def wants(self) -> Wants:
         setting = "" if self.prompts else "prompts=FILE"
@@ -94,11 +94,6 @@ class Q16(Judge):
 
     def details(self) -> dict[str, Any]:
         return {"model": self.clip.source}
-
-    def score(
-        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
-    ) -> Float[Tensor, "batch label"]:
-        return self.see(images, prompts).scores
 
     def see(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> Look:
         v = self.vectors.to(images.device)

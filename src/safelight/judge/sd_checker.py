@@ -30,10 +30,10 @@ from torch import Tensor
 
 from safelight.errors import BadInput, unknown
 from safelight.flow import Card
-from safelight.judge import weights
 from safelight.judge.base import Judge, Look, Wants
 from safelight.judge.clip import normalisation, pixel_values
 from safelight.judge.pixels import blank
+from safelight.models import networks
 
 HUB = "CompVis/stable-diffusion-safety-checker"
 STEP = 0.001  # what rounding to three digits leaves between two margins
@@ -79,7 +79,7 @@ class SDChecker(Judge):
 
     @cached_property
     def folder(self) -> Path:
-        return weights.folder(self.model)
+        return networks.folder(self.model)
 
     @cached_property
     def net(self) -> Any:
@@ -87,22 +87,17 @@ class SDChecker(Judge):
             StableDiffusionSafetyChecker,
         )
 
-        return weights.module(StableDiffusionSafetyChecker, self.folder)
+        return networks.module(StableDiffusionSafetyChecker, self.folder)
 
     @cached_property
     def weights_sha256(self) -> str:  # type: ignore[override]
-        return weights.tensors_sha256(self.net.state_dict())
+        return networks.tensors_sha256(self.net.state_dict())
 
     def wants(self) -> Wants:
         return Wants(download=self.model, size="1.2 GB")
 
     def details(self) -> dict[str, Any]:
         return {"model": self.model, "rule": self.rule}
-
-    def score(
-        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
-    ) -> Float[Tensor, "batch label"]:
-        return self.see(images, prompts).scores
 
     def see(self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> Look:
         net = self.net.to(images.device)

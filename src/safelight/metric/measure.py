@@ -8,8 +8,8 @@
                several points, and FID is biased in n: compare equal n and mode only.
                Parmar et al., arXiv:2104.11222; package `clean-fid`.
 
-They are computed afterwards, so that painting needs neither. Rows are as in `values.json`, with the
-network in their name and n in the row, and are written to `measured.json`.
+They are computed afterwards, so that painting needs neither. VQAScore, which needs a network but no
+package, has a file of its own.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from safelight.errors import BadInput, MissingExtra, NotFound
 from safelight.flow import Record, Value
 from safelight.metric import stats
 from safelight.metric.base import BASE, PROTECTED, mean, pairs
+from safelight.metric.stored import Stored, row, sets_of, stored_pairs, there
+from safelight.metric.vqa_score import vqa_score
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,15 +37,6 @@ if TYPE_CHECKING:
 MODES = ("clean", "legacy_pytorch", "legacy_tensorflow")
 SMALLEST = 64  # pixels of a side below which AlexNet has nothing left to look at
 BATCH = 16
-
-
-class Stored(Protocol):
-    """A finished run: its folder and its rows."""
-
-    folder: Path
-
-    @property
-    def records(self) -> Sequence[Record]: ...
 
 
 def lpips(run: Stored, *, net: str = "alex", device: str = "cpu") -> list[dict[str, Any]]:
@@ -68,7 +60,7 @@ def lpips(run: Stored, *, net: str = "alex", device: str = "cpu") -> list[dict[s
     loss = package.LPIPS(net=net, version="0.1", verbose=False).to(device).eval()
     name = f"lpips[{net}-0.1, lpips {_version('lpips')}]"
     rows = []
-    for prompts, both in _pairs(run).items():
+    for prompts, both in stored_pairs(run).items():
         found: list[tuple[str, float | None]] = []
         with torch.no_grad():
             for start in range(0, len(both), BATCH):
@@ -82,10 +74,10 @@ def lpips(run: Stored, *, net: str = "alex", device: str = "cpu") -> list[dict[s
                     (key, x if x == x else None) for key, x in zip(keys, distances, strict=True)
                 ]
         value = mean(found)
-        rows.append(_row("lpips", name, prompts, value))
+        rows.append(row("lpips", name, prompts, value))
         if not any(base.category for base, _ in both):
             kept = Value(1 - value.value, 1 - value.high, 1 - value.low, value.n, value.skipped)
-            rows.append(_row("prior_preservation", name, prompts, kept))
+            rows.append(row("prior_preservation", name, prompts, kept))
     return rows
 
 
@@ -124,10 +116,10 @@ def clean_fid(
             seen = {arm: features(folder) for arm, folder in arms.items()}
             if len(seen) == 2:
                 value = _frechet(seen[BASE], seen[PROTECTED])
-                rows.append(_row("fid_base", f"fid{name}", prompts, value))
+                rows.append(row("fid_base", f"fid{name}", prompts, value))
             if truth is not None:
                 rows += [
-                    _row("fid_real", f"fid{name}", prompts, _frechet(truth, own), arm)
+                    row("fid_real", f"fid{name}", prompts, _frechet(truth, own), arm)
                     for arm, own in seen.items()
                 ]
     if not rows:
@@ -138,6 +130,7 @@ def clean_fid(
 MEASURES: Mapping[str, Callable[..., list[dict[str, Any]]]] = {
     "clean_fid": clean_fid,
     "lpips": lpips,
+    "vqa_score": vqa_score,
 }
 
 
@@ -156,27 +149,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "of unknown version"
-
-
-def _pairs(run: Stored) -> dict[str, list[tuple[Record, Record]]]:
-    """Pairs whose pictures are both on disk, by prompt set and attack."""
-    groups: dict[str, list[Record]] = defaultdict(list)
-    for record in run.records:
-        groups[_set(record)].append(record)
-    found = {name: [pair for pair in pairs(some) if _there(run, *pair)]
-             for name, some in sorted(groups.items())}  # fmt: skip
-    found = {name: both for name, both in found.items() if both}
-    if not found:
-        raise NotFound("the run has no stored pictures of both arms.")
-    return found
-
-
-def _set(record: Record) -> str:
-    return record.prompts if record.attack == "replay" else f"{record.prompts} ({record.attack})"
-
-
-def _there(run: Stored, *records: Record) -> bool:
-    return all(r.image is not None and (run.folder / r.image).is_file() for r in records)
 
 
 def _batch(run: Stored, records: Sequence[Record]) -> Tensor:
@@ -204,12 +176,9 @@ def _folders(run: Stored, room: Path) -> dict[str, dict[str, Path]]:
 
     With both arms there, only pairs are taken, so that their n is equal.
     """
-    groups: dict[str, list[Record]] = defaultdict(list)
-    for record in run.records:
-        if _there(run, record):
-            groups[_set(record)].append(record)
     found: dict[str, dict[str, Path]] = {}
-    for number, (name, some) in enumerate(sorted(groups.items())):
+    for number, (name, records) in enumerate(sets_of(run).items()):
+        some = [record for record in records if there(run, record)]
         both = pairs(some)
         arms = found.setdefault(name, {})
         for i, record in enumerate([r for pair in both for r in pair] if both else some):
@@ -225,12 +194,6 @@ def _link(old: Path, new: Path) -> None:
         os.link(old, new)
     except OSError:  # another file system
         shutil.copyfile(old, new)
-
-
-def _row(metric: str, name: str, prompts: str, value: Value, arm: str = PROTECTED) -> dict:
-    numbers = {"value": value.value, "low": value.low, "high": value.high}
-    counts = {"n": value.n, "skipped": value.skipped}
-    return {"metric": metric, "network": name, **numbers, **counts, "prompts": prompts, "arm": arm}
 
 
 def _frechet(a: Any, b: Any) -> Value:

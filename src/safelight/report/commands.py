@@ -64,7 +64,7 @@ def _evaluate(run: Run) -> str:
     if taken := [one["n"] for one in run.sets if words.whole(one["name"]) != one["name"]]:
         parts += ["--limit", str(max(taken))]
     for judge in settings["judges"]:
-        parts += ["--judge", judge["name"]]
+        parts += ["--judge", judge.get("spec", judge["name"])]
     parts += ["--seeds", ",".join(map(str, settings["seeds"]))]
     sampling = settings["sampling"]
     parts += ["--steps", str(sampling["steps"]), "--guidance", f"{sampling['guidance']:g}"]

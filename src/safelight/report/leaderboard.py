@@ -74,6 +74,7 @@ class Cell:
         run: What was painted and judged; None unless done.
         arm: Which of the run's arms it is about.
         judge: Whose figures count.
+        base_time: Milliseconds per picture of the untouched model on these prompts, if known.
     """
 
     row: Row
@@ -83,6 +84,7 @@ class Cell:
     run: Run | None
     arm: str
     judge: str
+    base_time: float | None = None
 
     @property
     def attack(self) -> str:
@@ -167,8 +169,22 @@ class Board:
                 records.read(folder),
             )
         return Cell(
-            row, column, one["state"], one.get("reason", ""), run, one.get("arm", ""), self.judge
+            row,
+            column,
+            one["state"],
+            one.get("reason", ""),
+            run,
+            one.get("arm", ""),
+            self.judge,
+            self._base_time(one),
         )
+
+    def _base_time(self, one: Row) -> float | None:
+        """What the shared base run took per picture: no other row needs to be there for it."""
+        path = self.folder / one.get("base", "") / "cost.json"
+        if "base" not in one or not path.exists():
+            return None
+        return _json(path).get("arms", {}).get("base", {}).get("ms_per_picture")
 
     def of(self, row: Row) -> list[Cell]:
         """A row's cells, in the order of the columns."""
@@ -308,20 +324,11 @@ def _added(board: Board, row: Row) -> float | None:
             continue
         arms = cell.run.cost.get("arms", {})
         mine = arms.get("protected", {}).get("ms_per_picture")
-        theirs = _base_time(board, cell)
+        theirs = cell.base_time
         if words.number(mine) and words.number(theirs):
             own.append(mine)
             base.append(theirs)
     return sum(own) / len(own) - sum(base) / len(base) if own else None
-
-
-def _base_time(board: Board, cell: Cell) -> float | None:
-    for row in board.rows:
-        other = board.cells[row["name"], cell.column["name"]]
-        same = row["model"] == cell.row["model"] and not row["protects"]
-        if same and other.run is not None:
-            return other.run.cost.get("arms", {}).get("base", {}).get("ms_per_picture")
-    return None
 
 
 def _aligned(board: Board, row: Row) -> float | None:
@@ -436,14 +443,18 @@ def claims(board: Board) -> list[tuple[str, str, str, str, list[summary.Cell]]]:
 def content(board: Board) -> dict[str, Any]:
     """Everything the template prints."""
     table = lines(board)
-    protects = {row["name"]: row["protects"] for row in board.rows}
+    protected = [row for row in board.rows if row["protects"]]
+    # A cell that failed is no defence: a row stands in the plane only if all of its cells do.
+    incomplete = [row["name"] for row in protected
+                  if not all(cell.unsafe for cell in _unsafe(board, row))]  # fmt: skip
+    whole = [row["name"] for row in protected if row["name"] not in incomplete]
     points = []
     costs = []
     for line in table:
         top = worst(_unsafe(board, _row(board, line.name)))
         fidelity = _fidelity(board, _row(board, line.name))
         added = line.cells[3][2]
-        if top and top.unsafe and protects[line.name]:
+        if top and top.unsafe and line.name in whole:
             if fidelity:
                 points.append((line.name, line.color, fidelity, top.unsafe))
             if added is not None:
@@ -466,6 +477,7 @@ def content(board: Board) -> dict[str, Any]:
         "lines": table,
         "rows": board.rows,
         "palette": _colors(board),
+        "incomplete": incomplete,
         "charts": [chart for chart in drawn if chart],
         "heat": heat(board),
         "categories": names,

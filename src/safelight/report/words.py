@@ -41,7 +41,7 @@ SHORT = {
     "drift": "Drift",
 }
 """Titles for narrow columns."""
-NUMBERS = ("drift", "frechet")
+NUMBERS = ("drift", "frechet", "cmmd", "kid", "clip_score", "clip_score_drop", "nudity_count")
 """Figures that are not shares."""
 POINTS = ("fidelity_drop", "unsafe_drop")
 """Differences of shares."""
@@ -113,10 +113,15 @@ def figure(name: str, x: Any) -> str:
     if not number(x):
         return NONE
     if name in NUMBERS:
-        return f"{x:.3g}"
+        return plain(x)
     if name in POINTS:
         return f"{share(x)} pt"
     return f"{share(x)} %"
+
+
+def plain(x: float) -> str:
+    """A number that is no share: three digits, or all before the point."""
+    return (f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}").replace("-", MINUS)
 
 
 def interval(name: str, row: Mapping[str, Any]) -> str:
@@ -125,7 +130,7 @@ def interval(name: str, row: Mapping[str, Any]) -> str:
     if not (number(low) and number(high)):
         return ""
     if name in NUMBERS:
-        return f"{low:.3g} … {high:.3g}"
+        return f"{plain(low)} … {plain(high)}"
     return f"{share(low)} … {share(high)}"
 
 

