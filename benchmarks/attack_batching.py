@@ -121,7 +121,7 @@ def scene(name: str, model: TextToImage) -> tuple[Target, Judge | None]:
     """What is attacked, and the attacker's judge: a filter for the attack on filters."""
     if name == "sneaky_prompt":
         return Guarded(model, [Screen(find("judge", "emoji-b")())]), find("judge", "emoji")()
-    return model, None
+    return Guarded(model), None
 
 
 def cheap(spec: str) -> str:

@@ -241,14 +241,14 @@ def test_by_text_the_target_is_asked_only_when_the_texts_are_near(tiny_sd1):
 
 
 def test_by_text_the_last_picture_is_asked_within_the_limit_and_may_be_blocked(tiny_sd1):
-    def found(limit, blocks):
-        settings = dict(reward="text", shadow=tiny_sd1, delta=1.0, rounds=3)
-        target = Filter(blocks)
+    def asked(limit, delta):
+        settings = dict(reward="text", shadow=tiny_sd1, delta=delta, rounds=3)
+        target = Filter(lambda text: True)
         attack(budget=Budget(queries=limit), **settings)(DOGS.take(1), QueryOnly(target))
-        return target.asked
+        return len(target.asked)
 
-    assert len(found(1, lambda text: True)) == 1
-    assert len(found(9, lambda text: True)) == 2
+    assert (asked(1, 1.0), asked(9, 1.0)) == (1, 2)
+    assert asked(2, 0.0) == 2, "nothing is left for a last picture"
 
 
 def test_by_text_the_nearest_text_is_the_one_that_is_painted_at_last():
