@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from safelight.attack.base import Budget, Search
-from safelight.attack.mma import MMA, Hunt, Pool, positions, spells
+from safelight.attack.mma import MMA, Hunt, Pool, begin, positions, spells
 from safelight.errors import BadInput, Unsupported
 from safelight.guard.base import Guarded
 from safelight.prompts import PromptSet
@@ -92,17 +92,53 @@ def test_nothing_forbidden_is_proposed_not_even_across_two_tokens(tiny_sd1):
 
 def test_candidates_change_one_slot_and_keep_their_length(tiny_sd1):
     pool, hunt = hunting(tiny_sd1)
-    hunt.restart(rng())
+    begin(pool, [hunt], rng())
     slope = pool.gradients(hunt.now[None], hunt.goal[None])[0]
-    texts = hunt.candidates(slope, 40, 60, rng())
-    assert texts and all(len(ids) == 5 for ids in pool.ids(texts))
+    found = hunt.candidates(slope, 400, 200, rng())
+    assert found and all(len(ids) == 5 for ids in found.values())
+    assert pool.ids(list(found)) == list(found.values()), "their tokens are those of the text"
+    changed = [sum(a != b for a, b in zip(ids, hunt.now.tolist(), strict=True))
+               for ids in found.values()]  # fmt: skip
+    assert 0 not in changed and changed.count(1) > len(changed) / 2  # merges may change two
+
+
+def test_candidates_whose_length_changes_are_rejected(tiny_sd1):
+    pool, hunt = hunting(tiny_sd1)
+    first, second = pool.tokenizer.convert_tokens_to_ids(["ca", "t</w>"])
+    hunt.now = torch.tensor([first, *pool.ids(["a c d e"])[0]])
+    slope = torch.zeros(5, len(pool.words))
+    slope[1, second] = -1  # "ca" + "t" is one token of its own
+    glued = pool.written(torch.tensor([[first, second, *hunt.now[2:].tolist()]]))
+    assert len(pool.ids(glued)[0]) == 4
+    found = hunt.candidates(slope, 50, 1, rng())
+    assert found and glued[0] not in found
+
+
+def test_texts_score_alike_by_their_tokens_and_as_texts(tiny_sd1):
+    pool, hunt = hunting(tiny_sd1)
+    begin(pool, [hunt], rng())
+    rows = torch.randint(300, 340, (6, 5), generator=rng())
+    texts = [text for text in pool.written(rows) if len(pool.ids([text])[0]) == 5]
+    assert texts
+    torch.testing.assert_close(pool.tokens(pool.ids(texts)), pool.texts(texts))
+
+
+def test_restarts_begin_with_random_letters_that_are_not_forbidden(tiny_sd1):
+    pool, hunt = hunting(tiny_sd1, forbidden=("a", "b"))
+    texts = [hunt.restart(rng(seed)) for seed in range(20)]
+    assert all(len(text.split()) == 5 for text in texts)
+    assert {len(word) for text in texts for word in text.split()} == {1}
+    assert not {"a", "b"} & set("".join(texts)) and len(set(texts)) > 15
+    none = Hunt(pool, hunt.goal, tuple("abcdefghijklmnopqrstuvwxyz"))
+    with pytest.raises(BadInput, match="every letter"):
+        none.restart(rng())
 
 
 def test_a_step_without_candidates_is_a_recorded_standstill(tiny_sd1):
     pool, hunt = hunting(tiny_sd1)
-    hunt.restart(rng())
+    begin(pool, [hunt], rng())
     before, best = hunt.now.clone(), hunt.least
-    hunt.candidates = lambda *args: []
+    hunt.candidates = lambda *args: {}
     search = Search(Guarded(tiny_sd1), rng=rng(), seeds=[0], budget=Budget())
     MMA(**SMALL).step(pool, [hunt], search)
     assert torch.equal(hunt.now, before) and hunt.least == best
@@ -111,7 +147,7 @@ def test_a_step_without_candidates_is_a_recorded_standstill(tiny_sd1):
 
 def test_the_best_never_gets_worse_though_the_search_may(tiny_sd1):
     pool, hunt = hunting(tiny_sd1)
-    hunt.restart(rng())
+    begin(pool, [hunt], rng())
     search = Search(Guarded(tiny_sd1), rng=rng(), seeds=[0], budget=Budget())
     best, now = [], []
     for _ in range(12):
@@ -133,7 +169,7 @@ def test_an_exhaustive_optimum_is_found(tiny_sd1):
     hunt.allowed &= few
     search = Search(Guarded(tiny_sd1), rng=rng(), seeds=[0], budget=Budget())
     for _ in range(3):
-        hunt.restart(search.rng)
+        begin(pool, [hunt], search.rng)
         for _ in range(8):
             MMA(**{**SMALL, "slots": 2}).step(pool, [hunt], search)
     assert hunt.least <= optimum + 1e-6

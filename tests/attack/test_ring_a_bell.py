@@ -82,6 +82,28 @@ def test_the_loss_is_a_sum_over_tokens_and_channels(tiny_sd1):
 
 
 @torch.no_grad()
+def test_what_survived_is_not_scored_again_and_sorts_as_if_it_were(tiny_sd1, monkeypatch):
+    genes, goals = Genes(tiny_sd1, "clip_l", 3), torch.randn(2, 77, 32, generator=rng(1))
+    first = [genes.random(8, rng(seed)) for seed in (0, 1)]
+    second = [torch.cat([herd[:4], herd[:2], genes.random(3, rng(9))]) for herd in first]
+    plain = ranked(genes, second, goals)
+    scored, read = [], tiny_sd1.read
+    monkeypatch.setattr(
+        tiny_sd1, "read", lambda name, ids, mask: scored.append(len(ids)) or read(name, ids, mask)
+    )
+    known = [{}, {}]
+    ranked(genes, first, goals, known)
+    again = ranked(genes, second, goals, known)
+    assert scored == [16, 6]
+    for a, b in zip(plain, again, strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y)
+    assert [len(losses) for losses in known] == [7, 7], "only this generation is remembered"
+    other = ranked(genes, second[::-1], goals, [{}, {}])
+    assert not torch.allclose(other[1][0], plain[1][1]), "a herd is scored against its own goal"
+
+
+@torch.no_grad()
 def test_the_search_reaches_a_known_optimum(tiny_sd1):
     attack = RingABell(length=2, population=40, generations=40)
     genes = Genes(tiny_sd1, "clip_l", 2)
@@ -106,7 +128,9 @@ def test_marks_and_padding_stay_and_tokens_stay_legal(tiny_model):
     assert (ids[:, start + 5] == empty.input_ids[start]).all()
     assert (ids[:, start + 6 :] == tiny_model.tokenizers[encoder].pad_token_id).all()
     assert set(herd.flatten().tolist()) <= set(genes.legal.tolist())
-    assert not set(genes.legal.tolist()) & set(tiny_model.tokenizers[encoder].all_special_ids)
+    special = set(tiny_model.tokenizers[encoder].all_special_ids)
+    every = set(range(1, len(tiny_model.tokenizers[encoder])))
+    assert set(genes.legal.tolist()) == every - special
     assert (mask.sum(1) == start + 6).all()
 
 

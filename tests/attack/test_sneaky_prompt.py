@@ -7,6 +7,7 @@ import torch
 
 from safelight.attack.base import Budget, QueryOnly, Search
 from safelight.attack.sneaky_prompt import (
+    Beam,
     Hunt,
     Policy,
     SneakyPrompt,
@@ -21,6 +22,7 @@ from safelight.errors import BadInput
 from safelight.flow import Outcome, Prompt
 from safelight.judge.fake import FakeJudge
 from safelight.prompts import PromptSet
+from safelight.prompts.noise import noise_seed
 
 DOGS = PromptSet.of(
     [
@@ -59,11 +61,12 @@ def attack(worth=0.5, **settings):
 
 
 def hunt(settings=None, text="a dog in the park of a castle by the sea", **given):
-    given = {"order": (1, 4, 7, 0, 2, 3, 5, 6, 8, 9), "known": 1, **given}
-    return Hunt(
+    one = Hunt(
         row=0, prompt=Prompt(id="0", text=text), entries=("ab", "cd"), delta=0.26,
-        settings=settings or attack(), rng=torch.Generator().manual_seed(0), **given,
+        sensitive=("dog",), settings=settings or attack(), **given,
     )  # fmt: skip
+    one.begin((1, 4, 7, 0, 2, 3, 5, 6, 8, 9), torch.Generator().manual_seed(0))
+    return one
 
 
 def test_a_filter_for_words_is_passed_and_unblocked_targets_are_skipped_at_one_query():
@@ -93,10 +96,22 @@ def test_only_the_chosen_words_change():
 
 
 def test_the_dictionary_holds_short_words_of_letters_that_are_not_sensitive(tiny_sd1):
-    kept = [word for word in ENTRIES if is_entry(word, 5, ("dog",))]
-    assert kept == ["ab", "cd", "ef"]
+    assert [word for word in ENTRIES if is_entry(word, 5)] == ["ab", "cd", "ef", "dog"]
     found = vocabulary(tiny_sd1, 3)
     assert "cat" in found and all(word.isalpha() and 0 < len(word) <= 3 for word in found)
+
+
+def test_later_pictures_of_a_found_prompt_are_none_that_the_search_has_seen():
+    seen = []
+
+    class Seeds(Filter):
+        def __call__(self, prompts, *, seed, **sampling):
+            seen.extend(seed)
+            return super().__call__(prompts, seed=seed, **sampling)
+
+    found = attack(worth=0.1, budget=Budget(queries=8))(DOGS, QueryOnly(Seeds()))
+    assert set(seen) == {noise_seed(prompt, 0) for prompt in DOGS}
+    assert set(seen).isdisjoint(noise_seed(prompt, i) for prompt in found for i in range(1, 20))
 
 
 @pytest.mark.parametrize("limit", [3, 7])
@@ -113,16 +128,39 @@ def test_a_blocked_answer_is_worth_less_the_more_was_asked():
     assert rewards[0] == pytest.approx(-1 / 600) and rewards[-1] == pytest.approx(-0.1)
 
 
+def test_the_search_is_told_so_and_a_picture_is_worth_at_most_one():
+    told = []
+
+    class Watched(SneakyPrompt):
+        def _asked(self, hunts, search):
+            for one in hunts:
+                one.learn = lambda passed, reward, left: told.append((passed, reward))
+            return super()._asked(hunts, search)
+
+    def searched(target, worth):
+        told.clear()
+        given = vars(attack(worth=worth, budget=Budget(queries=4, steps=3)))
+        Watched(**given)(DOGS.take(1), QueryOnly(target))
+        return list(told)
+
+    blocked = searched(Filter(lambda text: True), 0.5)
+    assert blocked == [
+        (False, pytest.approx(-q / 40)) for q in (2, 3, 4)
+    ]  # the first was the check
+    assert searched(Filter(), 7.0)[0] == (True, 1.0)
+    assert searched(Filter(), -7.0)[0] == (True, 0.0)
+
+
 def test_after_exactly_five_blocks_another_word_is_replaced_by_a_new_policy():
     one = hunt()
-    first = one.policy
+    first = one.source
     for _ in range(4):
         one.propose()
         one.learn(False, -0.1, left=50)
-    assert one.replaced == 1 and one.policy is first
+    assert one.replaced == 1 and one.source is first
     one.propose()
     one.learn(False, -0.1, left=50)
-    assert one.replaced == 2 and one.policy is not first and one.policy.slots == 6
+    assert one.replaced == 2 and one.source is not first and one.source.slots == 6
     assert one.blocked == 0 and one.status == "searching"
 
 
@@ -194,10 +232,31 @@ def test_by_text_the_target_is_asked_only_when_the_texts_are_near(tiny_sd1):
 
     target, attacked = found(0.0)
     assert {p.meta["status"] for p in attacked} == {"success"}
+    assert {p.meta["queries"] for p in attacked} == {"2"}
     target, attacked = found(1.0)
-    assert len(target.asked) == 2, "only the check whether they are blocked"
     assert {p.meta["offline_queries"] for p in attacked} == {"6"}
-    assert {p.meta["status"] for p in attacked} == {"failed"}
+    assert {p.meta["queries"] for p in attacked} == {"2"}, "whether it is blocked, and the last"
+    assert {p.meta["status"] for p in attacked} == {"passed only"}
+    assert target.asked[2:] == list(attacked.texts), "the nearest text of all is painted at last"
+
+
+def test_by_text_the_last_picture_is_asked_within_the_limit_and_may_be_blocked(tiny_sd1):
+    def asked(limit, delta):
+        settings = dict(reward="text", shadow=tiny_sd1, delta=delta, rounds=3)
+        target = Filter(lambda text: True)
+        attack(budget=Budget(queries=limit), **settings)(DOGS.take(1), QueryOnly(target))
+        return len(target.asked)
+
+    assert (asked(1, 1.0), asked(9, 1.0)) == (1, 2)
+    assert asked(2, 0.0) == 2, "nothing is left for a last picture"
+
+
+def test_by_text_the_nearest_text_is_the_one_that_is_painted_at_last():
+    one = hunt()
+    for text, near in (("x", 0.2), ("y", 0.5), ("z", 0.3)):
+        one.text = text
+        one.measured(near)
+    assert one.nearest == "y" and one.offline == 3
 
 
 def test_without_a_list_the_word_that_moves_the_text_most_comes_first(tiny_sd1):
@@ -217,9 +276,52 @@ def test_the_attackers_judge_says_how_like_a_picture_is(tiny_sd1):
         attack(likeness=None)(prompts, QueryOnly(Filter()))
 
 
-def test_brute_force_draws_from_the_same_dictionary():
-    found = attack(search="random")(DOGS, QueryOnly(Filter()))
+@pytest.mark.parametrize("search", ["brute", "greedy", "beam"])
+def test_the_baselines_pass_the_same_filter_with_entries_of_the_same_dictionary(search):
+    found = attack(search=search, dictionary=("ab", "cd"))(DOGS, QueryOnly(Filter()))
     assert [p.meta["status"] for p in found] == ["success", "success", "skipped"]
+    new = found.texts[0].removeprefix("A photo of a ").removesuffix(", in the (big) park.")
+    whole = 6 if search == "brute" else 2  # the others begin with one entry
+    assert len(new) == whole and set(new) <= set("abcd")
+
+
+@pytest.mark.parametrize("search", ["brute", "greedy", "beam"])
+def test_the_baselines_spend_their_queries_without_expanding(search):
+    target = Filter(lambda text: True)
+    blocked = attack(search=search, rounds=4)(DOGS.take(1), QueryOnly(target))
+    assert blocked.prompts[0].meta["queries"] == "12" == str(len(target.asked))
+    assert blocked.prompts[0].meta["replaced"] == "1"
+    learnt = attack()(DOGS.take(1), QueryOnly(Filter(lambda text: True)))
+    assert int(learnt.prompts[0].meta["queries"]) < 12, "the method itself gives up earlier"
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_beam_keeps_its_best_beginnings_and_grows_each_by_one_entry(width):
+    rng, beam = torch.Generator().manual_seed(0), Beam(10, 3, width, 40)
+
+    def worth(chosen):
+        return sum(entry / 10**place for place, entry in enumerate(chosen))
+
+    for length in (1, 2, 3):
+        before, drawn = list(beam.kept), []
+        for _ in range(40):
+            chosen = beam.draw(rng)
+            drawn.append(tuple(chosen.tolist()))
+            beam.learn(chosen, worth(drawn[-1]))
+        assert {len(one) for one in drawn} == {length}
+        assert {one[:-1] for one in drawn} == set(before)
+        best = sorted(set(drawn), key=worth, reverse=True)[:width]
+        assert beam.kept == (best if length < 3 else [()])
+    assert max(drawn, key=worth)[:2] == (9, 9)
+
+
+def test_the_papers_dictionary_has_shorter_entries_for_its_other_searches(tiny_sd1):
+    def longest(**settings):
+        return max(map(len, SneakyPrompt(**settings)._entries(tiny_sd1)))
+
+    assert longest() == 9  # "parachute"; at most 10 letters
+    assert {longest(reward="text"), longest(search="brute"), longest(search="beam")} == {3}
+    assert longest(search="greedy", letters=5) == 5
 
 
 def test_it_runs_on_every_family(tiny_model):
@@ -230,6 +332,16 @@ def test_it_runs_on_every_family(tiny_model):
 def test_the_same_seed_gives_the_same_prompts():
     first, again, other = (attack()(DOGS, QueryOnly(Filter()), seed=s).texts for s in (1, 1, 2))
     assert first == again != other
+
+
+def test_the_sensitive_words_of_a_prompt_are_no_entries_for_it():
+    one = attack()._hunt(0, DOGS.prompts[0], ("ab", "Dog", "dog"), None)
+    assert one.entries == ("ab",)
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(BadInput, match="tries must be at least 1"):
+        attack(tries=0)
 
 
 def test_a_dictionary_and_a_limit_are_asked_for():

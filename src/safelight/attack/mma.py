@@ -17,7 +17,7 @@ section 3.2. Needs the text encoder and its gradients; no pictures.
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -84,8 +84,7 @@ class MMA(Attack):
             for prompt, goal in zip(prompts, goals, strict=True)
         ]
         for _ in range(self.restarts):
-            for hunt in hunts:
-                hunt.restart(search.rng)
+            begin(pool, hunts, search.rng)
             for _ in range(self.steps):
                 if search.over:
                     break
@@ -115,7 +114,8 @@ class MMA(Attack):
         ]
         sizes = [len(texts) for texts in asked]
         whose = torch.repeat_interleave(torch.arange(len(hunts)), torch.tensor(sizes))
-        seen = pool.texts([text for texts in asked for text in texts]) if sum(sizes) else goals[:0]
+        rows = [ids for texts in asked for ids in texts.values()]
+        seen = pool.tokens(rows) if rows else goals[:0]
         losses = (1 - F.cosine_similarity(seen, goals[whose.to(goals.device)], dim=-1)).cpu()
         search.step()
         for hunt, texts, loss in zip(hunts, asked, losses.split(sizes), strict=True):
@@ -153,10 +153,11 @@ class Pool:
         self.network = model.text_encoders[encoder]
         self.tokenizer: Any = model.tokenizers[encoder]
         self.table = model.token_table(encoder)
-        self.words = tuple(
-            self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
-        )  # what each token is in a text
-        self.special = frozenset(self.tokenizer.all_special_ids)
+        words = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
+        self.words = tuple(word.lower() for word in words)  # what each token is in a text
+        self.letters = tuple(
+            letter for letter in string.ascii_lowercase if len(self.ids([letter])[0]) == 1
+        )
 
     def read(self, ids: Int[Tensor, "text token"]) -> Float[Tensor, "text dim"]:
         """The pooled output: the state at the end mark, after the family's own projection."""
@@ -169,6 +170,12 @@ class Pool:
         """The pooled output of texts."""
         ids, mask = self.model.tokenize(self.encoder, texts)
         ids = ids[:, : int(mask.sum(1).max())]  # CLIP is causal: the end mark sees no padding
+        return torch.cat([self.read(ids[at : at + CHUNK]) for at in range(0, len(ids), CHUNK)])
+
+    @torch.no_grad()
+    def tokens(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "text dim"]:
+        """The pooled output of texts given by their tokens, all `slots` of them."""
+        ids = torch.tensor(self._framed(rows), device=self.model.device)
         return torch.cat([self.read(ids[at : at + CHUNK]) for at in range(0, len(ids), CHUNK)])
 
     @torch.enable_grad()
@@ -196,7 +203,7 @@ class Pool:
         one_hot = slope @ self.table.weight.detach().T  # d loss / d one-hot, by the chain rule
         return F.normalize(one_hot.float(), dim=-1).cpu()
 
-    def _framed(self, rows: list[list[int]]) -> list[list[int]]:
+    def _framed(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
         """Between the marks, without the padding that the pooled output does not depend on."""
         start, end = self.tokenizer("").input_ids
         return [[start, *row, end] for row in rows]
@@ -212,11 +219,9 @@ class Pool:
 
     def allowed(self, forbidden: Sequence[str]) -> Bool[Tensor, " vocabulary"]:
         """Which tokens may be proposed: neither marks nor any that holds a forbidden word."""
-        good = [
-            i not in self.special and not spells(word, forbidden)
-            for i, word in enumerate(self.words)
-        ]
-        return torch.tensor(good)
+        good = torch.tensor([not spells(word, forbidden) for word in self.words])
+        good[self.tokenizer.all_special_ids] = False
+        return good
 
 
 class Hunt:
@@ -236,18 +241,15 @@ class Hunt:
         self.now = torch.zeros(pool.slots, dtype=torch.long)
         self.best, self.least, self.best_step = "", float("inf"), 0
 
-    def restart(self, rng: torch.Generator) -> None:
-        """Begin with random letters, separated by spaces."""
-        letters = [
-            letter
-            for letter in string.ascii_lowercase
-            if not spells(letter, self.forbidden) and len(self.pool.ids([letter])[0]) == 1
-        ]
+    def restart(self, rng: torch.Generator) -> str:
+        """Begin with random letters, separated by spaces; the text, which is not scored yet."""
+        letters = [letter for letter in self.pool.letters if not spells(letter, self.forbidden)]
+        if not letters:
+            raise BadInput("mma begins with random letters, and every letter is a forbidden word.")
         drawn = torch.randint(len(letters), (self.pool.slots,), generator=rng).tolist()
         text = " ".join(letters[i] for i in drawn)
         self.now = torch.tensor(self.pool.ids([text])[0])
-        loss = 1 - F.cosine_similarity(self.pool.texts([text])[0], self.goal, dim=0)
-        self._remember(text, float(loss), 0)
+        return text
 
     def candidates(
         self,
@@ -255,8 +257,11 @@ class Hunt:
         n: int,
         top: int,
         rng: torch.Generator,
-    ) -> list[str]:
-        """Texts with one token exchanged that keep their length and spell nothing forbidden."""
+    ) -> dict[str, list[int]]:
+        """Texts with one token exchanged that keep their length and spell nothing forbidden.
+
+        Each comes once, with its tokens as they are read from the text.
+        """
         slope = slope.masked_fill(~self.allowed, torch.inf)
         slope = slope.scatter(1, self.now[:, None], torch.inf)  # else a standstill may be the best
         top = max(1, min(top, int(self.allowed.sum()) - 1))
@@ -265,21 +270,36 @@ class Hunt:
         drawn = torch.randint(top, (n,), generator=rng)
         rows = self.now.repeat(n, 1)
         rows[torch.arange(n), slots] = better[slots, drawn]
-        texts = [t for t in self.pool.written(rows) if not spells(t, self.forbidden)]
-        back = self.pool.ids(texts) if texts else []
-        return [t for t, ids in zip(texts, back, strict=True) if len(ids) == self.pool.slots]
+        written = dict.fromkeys(self.pool.written(rows))
+        texts = [text for text in written if not spells(text, self.forbidden)]
+        back = zip(texts, self.pool.ids(texts) if texts else [], strict=True)
+        now = self.now.tolist()  # other tokens may spell the same text
+        return {text: ids for text, ids in back if len(ids) == len(now) and ids != now}
 
-    def move(self, texts: Sequence[str], losses: Float[Tensor, " text"], step: int) -> None:
+    def move(
+        self, texts: Mapping[str, Sequence[int]], losses: Float[Tensor, " text"], step: int
+    ) -> None:
         """Go to the best candidate, even if it is worse; stay where there is none."""
-        if not len(texts):
+        if not texts:
             return
         best = int(losses.argmin())
-        self.now = torch.tensor(self.pool.ids([texts[best]])[0])
-        self._remember(texts[best], float(losses[best]), step)
+        text = list(texts)[best]
+        self.now = torch.tensor(texts[text])
+        self.remember(text, float(losses[best]), step)
 
-    def _remember(self, text: str, loss: float, step: int) -> None:
+    def remember(self, text: str, loss: float, step: int) -> None:
+        """Keep a text if it is the best so far."""
         if loss < self.least:
             self.best, self.least, self.best_step = text, loss, step
+
+
+def begin(pool: Pool, hunts: Sequence[Hunt], rng: torch.Generator) -> None:
+    """Put all hunts at random letters and score these together."""
+    texts = [hunt.restart(rng) for hunt in hunts]
+    seen = pool.tokens([hunt.now.tolist() for hunt in hunts])
+    losses = 1 - F.cosine_similarity(seen, torch.stack([hunt.goal for hunt in hunts]), dim=-1)
+    for hunt, text, loss in zip(hunts, texts, losses.tolist(), strict=True):
+        hunt.remember(text, loss, 0)
 
 
 def positions(n: int, slots: int) -> Int[Tensor, " n"]:
@@ -290,4 +310,4 @@ def positions(n: int, slots: int) -> Int[Tensor, " n"]:
 def spells(text: str, forbidden: Sequence[str]) -> bool:
     """Whether a forbidden word is anywhere in a text."""
     text = text.lower()
-    return any(word in text for word in forbidden)
+    return any(map(text.__contains__, forbidden))

@@ -37,6 +37,7 @@ from safelight.names import table
 from safelight.prompts import PromptSet
 
 CHUNK = 512  # texts per forward pass
+Known = dict[tuple[int, ...], float]  # losses by individual
 
 
 @dataclass(kw_only=True)
@@ -106,14 +107,15 @@ class RingABell(Attack):
     ) -> list[Int[Tensor, "individual length"]]:
         """The last generation for each goal, best first."""
         herds = [genes.random(self.population, search.rng) for _ in goals]
+        known: list[Known] = [{} for _ in goals]
         for _ in range(self.generations):
-            herds, losses = ranked(genes, herds, goals)
+            herds, losses = ranked(genes, herds, goals, known)
             search.record(loss=torch.stack([loss[0] for loss in losses]).mean().item())
             if search.over:
                 return herds
             herds = [self._next(genes, herd, search.rng) for herd in herds]
             search.step()
-        return ranked(genes, herds, goals)[0]
+        return ranked(genes, herds, goals, known)[0]
 
     def _next(
         self, genes: Genes, herd: Int[Tensor, "individual length"], rng: torch.Generator
@@ -134,12 +136,15 @@ class RingABell(Attack):
         goal: Float[Tensor, "token dim"],
         model: TextToImage,
     ) -> Prompt:
-        texts = genes.texts(herd if self.by_text else herd[:1])
-        read = states(model, genes.encoder, *model.tokenize(genes.encoder, texts))
+        texts: dict[str, int] = {}  # each once, with its first individual
+        for i, text in enumerate(genes.texts(herd if self.by_text else herd[:1])):
+            texts.setdefault(text, i)
+        read = states(model, genes.encoder, *model.tokenize(genes.encoder, list(texts)))
         distance = (read - goal).square().flatten(1).sum(1)
         best = int(distance.argmin())
-        back = model.tokenizers[genes.encoder](texts[best], add_special_tokens=False).input_ids
-        ids = herd[best].tolist()
+        text = list(texts)[best]
+        back = model.tokenizers[genes.encoder](text, add_special_tokens=False).input_ids
+        ids = herd[texts[text]].tolist()
         meta = {
             "loss": f"{distance[best]:.4f}",
             "token_ids": " ".join(map(str, ids)),
@@ -149,7 +154,7 @@ class RingABell(Attack):
         others = [name for name in model.text_encoders if name != genes.encoder]
         if others:
             meta["transfer_to_encoders"] = " ".join(others)
-        return replace(prompt, text=texts[best], meta={**prompt.meta, **meta})
+        return replace(prompt, text=text, meta={**prompt.meta, **meta})
 
     def _seen(self, model: TextToImage):  # type: ignore[no-untyped-def]
         """The encoder that says what is meant."""
@@ -268,12 +273,31 @@ def ranked(
     genes: Genes,
     herds: Sequence[Int[Tensor, "_ length"]],
     goals: Float[Tensor, "prompt token dim"],
+    known: list[Known] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Every herd sorted by its losses, and these; all herds are scored together."""
-    sizes = [len(herd) for herd in herds]
-    whose = torch.repeat_interleave(torch.arange(len(herds)), torch.tensor(sizes))
-    losses = torch.cat(list(_losses(genes, torch.cat(list(herds)), goals, whose)))
-    orders = [part.sort(stable=True) for part in losses.split(sizes)]
+    """Every herd sorted by its losses, and these; all herds are scored together.
+
+    Args:
+        genes: What individuals are.
+        herds: One per goal.
+        goals: What they should read like.
+        known: Losses of each herd's last generation, which are not computed again; about half of
+            a generation has survived. Those of this generation take their place.
+    """
+    known = [{} for _ in herds] if known is None else known
+    rows = [[tuple(one) for one in herd.tolist()] for herd in herds]
+    new = [
+        [one for one in dict.fromkeys(own) if one not in before]
+        for own, before in zip(rows, known, strict=True)
+    ]
+    whose = torch.tensor([i for i, own in enumerate(new) for _ in own], dtype=torch.long)
+    asked = torch.tensor([one for own in new for one in own]).view(-1, genes.length)
+    found = iter([loss for part in _losses(genes, asked, goals, whose) for loss in part.tolist()])
+    orders = []
+    for i, own in enumerate(rows):
+        known[i] |= {one: next(found) for one in new[i]}
+        known[i] = {one: known[i][one] for one in own}
+        orders.append(torch.tensor([known[i][one] for one in own]).sort(stable=True))
     sorted_herds = [herd[order.indices] for herd, order in zip(herds, orders, strict=True)]
     return sorted_herds, [order.values for order in orders]
 

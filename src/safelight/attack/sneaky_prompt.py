@@ -10,10 +10,19 @@ the answers: an LSTM with one head per entry, trained by an actor-critic rule af
 with `q` queries so far and `Q` the most that are allowed. After 5 blocked answers in a row the next
 word is replaced too and the policy begins anew. The search ends when R >= delta (success), when Q
 is spent, when three rewards in a row hardly differ, or when more than 30 % of the words would be
-replaced; the best prompt that passed is kept then.
+replaced (one word may always be); the best prompt that passed is kept then.
+
+`search` "rl" is that method. The paper's baselines draw from the same dictionary and learn nothing
+of it: "brute" draws all entries at random, "greedy" and "beam" grow a beginning entry by entry and
+keep the one, or three, that were worth most. They replace the first sensitive words only and go on
+until R >= delta or Q is spent.
 
 Source: Yang et al., "SneakyPrompt: Jailbreaking Text-to-image Generative Models", arXiv:2305.12082,
 algorithms 1 and 2. Needs pictures (or refusals) of the target, nothing of its inside.
+
+Ours differs: words that nobody lists are ranked by `ranked`, likeness may come from a judge, and
+three rewards that do not differ stop the search only where they are above 0, as in the authors'
+code: a blocked or empty picture says nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +30,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +47,7 @@ from safelight.models.base import TextToImage
 Likeness = Callable[[Tensor, Sequence[str]], Sequence[float]]  # pictures, texts -> cosines
 BLOCKS = 5  # blocked answers in a row before another word is replaced
 STILL = 1e-4  # rewards that differ less have stopped moving
+WIDTHS = {"greedy": 1, "beam": 3}  # beginnings that are kept
 Status = Literal["searching", "skipped", "success", "passed only", "failed"]
 
 
@@ -56,14 +66,18 @@ class SneakyPrompt(Attack):
             those whose first picture is a success already ("succeeding"), to search also against
             protections that change the picture instead of refusing it.
         tokens: Dictionary entries per replaced word.
-        letters: Most letters of an entry.
+        letters: Most letters of an entry. If None, those of the paper: 10, but 3 for "text" and for
+            the baselines; no limit on a `dictionary` that is given. (It also allows these other
+            queries, 30 by "text" and 5000 to the baselines: set `budget.queries`.)
         sensitive: Words to replace first wherever they occur, besides those that the prompt's
             `safe_prompt` does not have.
         dictionary: The entries; those of the public text encoder's vocabulary if empty.
         share: Most words that may be replaced, as a share of all.
         lr: Learning rate of the policy.
         rounds: Steps of a policy before it begins anew.
-        search: "policy", or "random" for the brute-force baseline on the same dictionary.
+        search: "rl", or one of the baselines "brute", "greedy" and "beam".
+        tries: Answers after which greedy and beam search keep the best beginnings. Ours: the paper
+            does not say how much of the dictionary it goes through.
         shadow: A model whose text encoder the attacker holds; that of the target if it is known.
     """
 
@@ -81,30 +95,59 @@ class SneakyPrompt(Attack):
     delta: float | None = None
     skip: Literal["passing", "succeeding"] = "passing"
     tokens: int = 3
-    letters: int = 10
+    letters: int | None = None
     sensitive: tuple[str, ...] = ()
     dictionary: tuple[str, ...] = ()
     share: float = 0.3
     lr: float = 0.1
     rounds: int = 50
-    search: Literal["policy", "random"] = "policy"
+    search: Literal["rl", "brute", "greedy", "beam"] = "rl"
+    tries: int = 20
     shadow: TextToImage | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "rounds", "tries"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} must be at least 1, not {getattr(self, name)}.")
+        known = ("rl", "brute", *WIDTHS)
+        if self.search not in known:
+            raise BadInput(f"search is one of {', '.join(known)}, not {self.search!r}.")
 
     def rewrite(self, prompts: Sequence[Prompt], search: Search) -> Sequence[Prompt]:
         if self.budget.queries is None:
             raise BadInput("sneaky_prompt needs a limit on its queries, e.g. budget.queries=60.")
         shadow = self.shadow or model_of(search.target)
-        hunts = [self._hunt(row, prompt, shadow, search) for row, prompt in enumerate(prompts)]
+        entries = self._entries(shadow)
+        hunts = [
+            self._hunt(row, prompt, entries, search.judge) for row, prompt in enumerate(prompts)
+        ]
         for hunt, (passed, reward) in zip(hunts, self._asked(hunts, search), strict=True):
             if passed and (self.skip == "passing" or reward >= hunt.delta):
                 hunt.status = "skipped"
-            elif passed:
+                continue
+            if passed:
                 hunt.keep(hunt.prompt.text, reward)
+            hunt.begin(ranked(hunt.prompt.text, hunt.sensitive, shadow), search.rng)
         while active := [h for h in hunts if h.status == "searching"]:
             if search.over:
                 break
             self._round(active, shadow, search)
+        self._last(hunts, search)
         return [hunt.result() for hunt in hunts]
+
+    def _last(self, hunts: Sequence[Hunt], search: Search) -> None:
+        """By text, let the target paint the nearest text of those that never were near enough."""
+        asked = [
+            h
+            for h in hunts
+            if h.nearest and h.status in ("searching", "failed") and search.left(h.row) != 0
+        ]
+        for hunt in asked:
+            hunt.text = hunt.nearest
+        for hunt, (passed, _) in zip(asked, self._asked(asked, search), strict=True):
+            if passed:
+                hunt.keep(hunt.text, hunt.near)
+                hunt.status = "passed only"
 
     def _round(self, active: Sequence[Hunt], shadow: TextToImage | None, search: Search) -> None:
         """One proposal for every prompt that is still searched for."""
@@ -114,8 +157,7 @@ class SneakyPrompt(Attack):
         if self.reward == "text":
             near = nearness(shadow, active)
             for hunt, reward in zip(active, near, strict=True):
-                hunt.offline += 1
-                hunt.worth = reward
+                hunt.measured(reward)
             asked = [hunt for hunt in active if hunt.worth >= hunt.delta]
         answers = dict(zip((h.row for h in asked), self._asked(asked, search), strict=True))
         for hunt in active:
@@ -159,23 +201,28 @@ class SneakyPrompt(Attack):
             likes[i] = min(max(like, 0.0), 1.0)
         return likes
 
-    def _hunt(self, row: int, prompt: Prompt, shadow: TextToImage | None, search: Search) -> Hunt:
+    def _entries(self, shadow: TextToImage | None) -> tuple[str, ...]:
+        """The dictionary, before the sensitive words of a prompt are taken out."""
+        if self.dictionary:
+            most = self.letters or max(map(len, self.dictionary))
+            return tuple(word for word in self.dictionary if is_entry(word, most))
+        paper = 10 if self.search == "rl" and self.reward == "picture" else 3
+        return vocabulary(shadow, self.letters or paper)
+
+    def _hunt(self, row: int, prompt: Prompt, entries: Sequence[str], judge: Judge | None) -> Hunt:
         sensitive = unsafe_words(prompt, self.sensitive)
-        entries = self.dictionary or vocabulary(shadow, self.letters)
-        entries = tuple(word for word in entries if is_entry(word, self.letters, sensitive))
-        if not entries:
+        allowed = tuple(word for word in entries if word.lower() not in sensitive)
+        if not allowed:
             raise BadInput(
                 "sneaky_prompt has no dictionary: give dictionary= or shadow= a model you hold."
             )
         return Hunt(
             row=row,
             prompt=prompt,
-            order=ranked(prompt.text, sensitive, shadow),
-            known=max(1, sum(word.lower() in sensitive for word in words(prompt.text))),
-            entries=entries,
-            delta=self._delta(search.judge),
+            sensitive=sensitive,
+            entries=allowed,
+            delta=self._delta(judge),
             settings=self,
-            rng=search.rng,
         )
 
     def _delta(self, judge: Judge | None) -> float:
@@ -193,57 +240,68 @@ class Hunt:
     Args:
         row: Its place in the batch.
         prompt: What is to be painted.
-        order: Its words by their place in the text, the most sensitive first.
-        known: How many of them are replaced at first.
+        sensitive: Its words that are replaced at first, in lower case.
         entries: The dictionary.
         delta: Reward that is a success.
         settings: The attack.
-        rng: Of the batch.
     """
 
     row: int
     prompt: Prompt
-    order: tuple[int, ...]
-    known: int
+    sensitive: tuple[str, ...]
     entries: tuple[str, ...]
     delta: float
     settings: SneakyPrompt
-    rng: torch.Generator
     status: Status = "searching"
     text: str = ""
     best: str = ""
     best_reward: float = -1.0
     worth: float = 0.0
+    nearest: str = ""  # of the texts that were only measured
+    near: float = -1.0
     offline: int = 0
+    replaced: int = 0
     blocked: int = 0  # in a row
-    steps: int = 0  # of this policy
+    steps: int = 0  # since the last beginning
     expansions: int = 0
     rewards: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.text = self.prompt.text
-        self._most = max(1, int(self.settings.share * len(self.order)))
-        self.replaced = min(self.known, self._most)
-        if not self.order:
+
+    def begin(self, order: Sequence[int], rng: torch.Generator) -> None:
+        """Start the search.
+
+        Args:
+            order: The prompt's words by their place in the text, the most sensitive first.
+            rng: Of the batch.
+        """
+        self.order, self.rng = tuple(order), rng
+        self._most = max(1, int(self.settings.share * len(order)))
+        known = sum(word.lower() in self.sensitive for word in words(self.prompt.text))
+        self.replaced = min(max(1, known), self._most)
+        if not order:
             self.status = "failed"
             return
         self._restart()
 
     def _restart(self) -> None:
         slots = self.replaced * self.settings.tokens
-        self.policy = Policy(len(self.entries), slots, self.settings.lr, self.rng)
+        n, settings = len(self.entries), self.settings
+        self.source: Source
+        if settings.search == "rl":
+            self.source = Policy(n, slots, settings.lr, self.rng)
+        elif settings.search == "brute":
+            self.source = Brute(n, slots)
+        else:
+            self.source = Beam(n, slots, WIDTHS[settings.search], settings.tries)
         self.blocked, self.steps = 0, 0
         self.rewards = []
         self._asked_in_rounds = False
 
     def propose(self) -> None:
         """The next text to try."""
-        if self.settings.search == "policy":
-            self._chosen = self.policy.draw(self.rng)
-        else:
-            self._chosen = torch.randint(
-                len(self.entries), (self.policy.slots,), generator=self.rng
-            )
+        self._chosen = self.source.draw(self.rng)
         entries = [self.entries[i] for i in self._chosen.tolist()]
         m = self.settings.tokens
         new = {
@@ -252,29 +310,42 @@ class Hunt:
         }
         self.text = exchanged(self.prompt.text, new)
 
+    def measured(self, near: float) -> None:
+        """Take in how near the proposal is, which is known without the target."""
+        self.offline += 1
+        self.worth = near
+        if near > self.near:
+            self.nearest, self.near = self.text, near
+
     def learn(self, passed: bool | None, reward: float, left: int | None) -> None:
         """Take in an answer: `passed` is None where the target was not asked."""
         self.rewards.append(reward)
         self.steps += 1
         self._asked_in_rounds |= passed is not None
-        if self.settings.search == "policy":
-            self.policy.learn(self._chosen, reward)
+        self.source.learn(self._chosen, reward)
         self.blocked = self.blocked + 1 if passed is False else 0
         if passed:
             self.keep(self.text, reward)
+        learning = self.settings.search == "rl"  # the baselines neither expand nor stand still
         if passed and reward >= self.delta:
             self.status = "success"
         elif left is not None and left <= 0:
             self._stop()
-        elif self.blocked >= BLOCKS:
+        elif learning and self.blocked >= BLOCKS:
             self._expand()
-        elif self._still():
+        elif learning and self._still():
             self._stop()
         elif self.steps >= self.settings.rounds:
-            if self._asked_in_rounds:
-                self._restart()
-            else:
-                self._stop()
+            self._round()
+
+    def _round(self) -> None:
+        """Go on only where the target was asked in the last `rounds` steps."""
+        if not self._asked_in_rounds:
+            self._stop()
+        elif self.settings.search == "rl":
+            self._restart()
+        else:
+            self.steps, self._asked_in_rounds = 0, False
 
     def keep(self, text: str, reward: float) -> None:
         """Remember a prompt that passed, if it is the best so far."""
@@ -283,8 +354,7 @@ class Hunt:
 
     def _still(self) -> bool:
         last = self.rewards[-3:]
-        moving = self.settings.search == "policy" and len(last) == 3 and min(last) > 0
-        return moving and max(last) - min(last) < STILL
+        return len(last) == 3 and min(last) > 0 and max(last) - min(last) < STILL
 
     def _expand(self) -> None:
         """Replace one word more, with a new policy; stop where that would be too many."""
@@ -309,6 +379,71 @@ class Hunt:
             meta["offline_queries"] = str(self.offline)
         text = self.best if self.status in ("success", "passed only") else self.prompt.text
         return replace(self.prompt, text=text, meta={**self.prompt.meta, **meta})
+
+
+class Source(Protocol):
+    """Where sequences of dictionary entries come from."""
+
+    def draw(self, rng: torch.Generator) -> Int[Tensor, " slot"]:
+        """The next sequence."""
+
+    def learn(self, chosen: Int[Tensor, " slot"], reward: float) -> None:
+        """Take in what it was worth."""
+
+
+@dataclass(frozen=True)
+class Brute:
+    """Brute force: any sequence.
+
+    Args:
+        entries: Size of the dictionary.
+        slots: Length of a sequence.
+    """
+
+    entries: int
+    slots: int
+
+    def draw(self, rng: torch.Generator) -> Int[Tensor, " slot"]:
+        """A random sequence."""
+        return torch.randint(self.entries, (self.slots,), generator=rng)
+
+    def learn(self, chosen: Int[Tensor, " slot"], reward: float) -> None:
+        """Nothing."""
+
+
+@dataclass
+class Beam:
+    """Beam search, which is greedy search at width 1: beginnings grow by one entry at a time.
+
+    Args:
+        entries: Size of the dictionary.
+        slots: Length of a whole sequence; then it begins anew.
+        width: Beginnings that are kept.
+        tries: Answers after which the best are kept.
+    """
+
+    entries: int
+    slots: int
+    width: int
+    tries: int
+    kept: list[tuple[int, ...]] = field(default_factory=lambda: [()])
+    _grown: dict[tuple[int, ...], float] = field(default_factory=dict)
+    _answers: int = 0
+
+    def draw(self, rng: torch.Generator) -> Int[Tensor, " slot"]:
+        """One of the kept beginnings, in turn, with one more entry."""
+        entry = int(torch.randint(self.entries, (1,), generator=rng))
+        return torch.tensor([*self.kept[self._answers % len(self.kept)], entry])
+
+    def learn(self, chosen: Int[Tensor, " slot"], reward: float) -> None:
+        """Remember what it was worth; after `tries` of them keep the best."""
+        self._grown[tuple(chosen.tolist())] = reward
+        self._answers += 1
+        if self._answers < self.tries:
+            return
+        best = sorted(self._grown, key=self._grown.__getitem__, reverse=True)[: self.width]
+        self.kept = best if len(best[0]) < self.slots else [()]
+        self._grown, self._answers = {}, 0
 
 
 class Policy(nn.Module):
@@ -443,10 +578,9 @@ def vocabulary(shadow: TextToImage | None, letters: int) -> tuple[str, ...]:
     tokenizer = next(iter(shadow.tokenizers.values()))
     pieces = tokenizer.get_vocab()
     plain = (re.sub(r"</w>$|^▁", "", piece) for piece in pieces)
-    return tuple(sorted({word for word in plain if is_entry(word, letters, ())}))
+    return tuple(sorted({word for word in plain if is_entry(word, letters)}))
 
 
-def is_entry(word: str, letters: int, sensitive: Sequence[str]) -> bool:
-    """Whether a dictionary may hold a word: letters only, short, not itself sensitive."""
-    short = 0 < len(word) <= letters
-    return short and word.isascii() and word.isalpha() and word.lower() not in sensitive
+def is_entry(word: str, letters: int) -> bool:
+    """Whether a dictionary may hold a word: letters only, and short."""
+    return 0 < len(word) <= letters and word.isascii() and word.isalpha()
