@@ -6,7 +6,8 @@ from denoising import FAST, PROMPTS, Momentum, dented, pictures, search
 
 from safelight.attack import cce
 from safelight.attack.cce import CCE, TEMPLATES, Lesson
-from safelight.attack.pictures import FAR, controlled
+from safelight.attack.control import controlled
+from safelight.attack.pictures import FAR
 from safelight.errors import BadInput
 from safelight.flow import Prompt
 from safelight.guard.base import Guarded
@@ -153,10 +154,10 @@ def test_guards_that_edit_the_noise_begin_anew_with_every_sequence(tiny_sd1):
 
 def test_the_counter_of_the_authors_code_can_be_asked_for(tiny_sd1):
     guard = Momentum()
-    guard.memory = torch.zeros(1)
-    attack = CCE(**SHORT, times=3, counter="loader")
+    attack = CCE(**SHORT | {"steps": 3}, times=3, counter="loader")
     attack.learn([lesson(tiny_sd1)], search(Guarded(tiny_sd1, [guard])))
-    assert [index for index, _ in guard.indices] == [0] * 3 + [1] * 3
+    assert [index for index, _ in guard.indices] == [0, 0, 0, 0, 1, 1, 0, 2, 2]
+    assert guard.memories[0] == guard.memories[3] == guard.memories[6] == 0 < guard.memories[4]
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])
@@ -166,13 +167,13 @@ def test_at_safety_scale_zero_the_guided_loss_is_the_ordinary_guided_one(tiny_sd
     with torch.no_grad():
         here = draw(tiny_sd1, target, attack).guided(target.guards, 0)
         one = draw(tiny_sd1, target, attack)
-        told, away = one.condition(), tiny_sd1.empty(len(one.z))
+        told, away = one.told, tiny_sd1.empty(len(one.z))
         words = tiny_sd1.encode(one.words)
         gaps = []
         for t in one.sequence():
             z_t, _ = tiny_sd1.noised(one.z, one.eps, t)
             e = tiny_sd1.predict(z_t, t, away)
-            g = one.guidance()
+            g = cce.guidance(one.search)
             mine = e + g * (tiny_sd1.predict(z_t, t, told) - e)
             theirs = e + g * (tiny_sd1.predict(z_t, t, words) - e)
             gaps.append((mine - theirs).square().mean((1, 2, 3)))
