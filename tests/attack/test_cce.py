@@ -211,3 +211,51 @@ def test_one_seed_decides_everything(tiny_sd1):
         for s in (0, 0, 1)
     )
     assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_the_step_is_as_large_as_the_learning_rate_says(tiny_sd1):
+    """AdamW's first step is the rate times the gradient's sign."""
+    attack = CCE(**SHORT | {"steps": 1, "batch": 3, "accumulation": 2}, decay=0.0)
+    start = attack.beginning(tiny_sd1)["clip_l"]
+    for prompt in attack(PROMPTS, tiny_sd1, sampling=FAST):
+        moved = (prompt.soft["clip_l"] - start).abs()
+        torch.testing.assert_close(moved.median(), torch.tensor(5e-3 * 6), atol=1e-4, rtol=0)
+
+
+def test_a_negative_prompt_stands_in_the_loss_as_in_the_paper(tiny_sd1):
+    """| target - (e(negative) + g (e(caption) - e(negative))) |^2, written out."""
+    m = tiny_sd1
+    attack = CCE(**SHORT, negative="a knife")
+    with torch.no_grad():
+        one = draw(m, attack=attack)
+        one.search.sampling = {"guidance": 4.0}
+        found = one.plain()
+        same = draw(m, attack=attack)  # the same pictures and noise; then the same times
+        t = m.random_times(len(same.z), same.search.rng)
+        said = m.encode(same.captions, soft=same.soft).states
+        z_t = m.scheduler.add_noise(same.z, same.eps, t.long())
+        e_c = m.denoiser(z_t, t, said).sample
+        e_n = m.denoiser(z_t, t, m.encode(["a knife"] * 2).states).sample
+        expected = (e_n + 4.0 * (e_c - e_n) - same.eps).square().mean((1, 2, 3))
+        without = draw(m).plain()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (found - without).abs().max() > 1e-3
+
+
+def test_a_negative_prompt_without_guidance_is_refused(tiny_sd1):
+    with pytest.raises(BadInput, match="guidance above 1"):
+        CCE(**SHORT, negative="a knife")(PROMPTS, tiny_sd1, sampling=FAST)
+
+
+def test_a_sequence_reads_its_texts_once(tiny_sd1, monkeypatch):
+    read = []
+    real = type(tiny_sd1).encode
+    monkeypatch.setattr(
+        type(tiny_sd1), "encode", lambda self, *a, **k: read.append(a) or real(self, *a, **k)
+    )
+    target = Guarded(tiny_sd1, [Momentum()])
+    one = draw(tiny_sd1, target, CCE(**SHORT, times=5))
+    one.search.sampling = {}
+    read.clear()
+    one.guided(target.guards, 0)
+    assert len(read) == 4  # captions and what they avoid, for the defended and the undefended

@@ -3,6 +3,7 @@
     DIR/suite.json                      what was asked for
     DIR/patches/<row>                   patches that rows made for themselves
     DIR/base/<model>/<set>              the untouched model's pictures, painted once for all rows
+    DIR/pictures                        benign pictures that attacks on weights learn from
     DIR/cells/<row>/<column>            one run per cell; `cell.json` says that it is done
     DIR/leaderboard.json                all figures that exist so far
 
