@@ -11,6 +11,7 @@ from safelight.attack.pictures import FAR
 from safelight.errors import BadInput, Unsupported
 from safelight.guard.base import Guarded
 from safelight.models.patch import Patch, worn
+from safelight.models.tiny import tiny
 from safelight.prompts import PromptSet
 
 BENIGN = PromptSet.of(
@@ -152,3 +153,58 @@ def test_a_target_that_can_only_be_asked_is_refused(tiny_sd1):
 
     with pytest.raises(Unsupported, match="needs the weights"):
         BenignFinetune(**SHORT).tamper(QueryOnly(tiny_sd1))
+
+
+def test_painted_pictures_are_kept_and_shared_by_all_profiles(tiny_sd1, monkeypatch, tmp_path):
+    seen = []
+    real = type(tiny_sd1).__call__
+
+    def paint(self, prompts, *, seed, **settings):
+        seen.append(tuple(prompts))
+        return real(self, prompts, seed=seed, **settings)
+
+    monkeypatch.setattr(type(tiny_sd1), "__call__", paint)
+    short = SHORT | {"pictures": None, "epochs": 1, "store": str(tmp_path)}
+    first = BenignFinetune(**short).tamper(tiny_sd1)
+    assert seen == [BENIGN.texts] and len(list(tmp_path.glob("*.png"))) == 4
+    with tiny_sd1.patched(dented(tiny_sd1)):  # another row of a bench, the same undefended model
+        BenignFinetune(**short | {"profile": "full"}).tamper(tiny_sd1)
+    again = BenignFinetune(**short).tamper(tiny_sd1)
+    assert len(seen) == 1 and "store" not in first.settings
+    name = next(iter(first.low_rank))
+    assert torch.equal(first.low_rank[name][1], again.low_rank[name][1])
+    next(tmp_path.glob("*.png")).unlink()
+    BenignFinetune(**short).tamper(tiny_sd1)
+    assert len(seen) == 2 and len(seen[1]) == 1, "only what is missing"
+    with tiny_sd1.patched(dented(tiny_sd1)), tiny_sd1.unpatched():
+        BenignFinetune(**short | {"undefended": tiny("sd1", seed=3)}).tamper(tiny_sd1)
+    assert len(seen) == 3, "pictures of another model are others"
+
+
+def test_it_paints_no_more_than_a_sensible_number_unless_asked():
+    assert BenignFinetune().limit == 500
+    assert len(BenignFinetune()._benign()) == 500 < len(BenignFinetune(limit=None)._benign())
+
+
+def test_the_patch_says_how_far_it_unlearns_the_defence(tiny_sd1):
+    defence = dented(tiny_sd1)
+    assert BenignFinetune(**SHORT | {"epochs": 1}).tamper(tiny_sd1).info["cosine"] == {}
+    W0 = {name: p.clone() for name, p in tiny_sd1.parameters().items()}
+    for profile in ("lora", "full"):
+        with tiny_sd1.patched(defence):
+            before = {name: p.clone() for name, p in tiny_sd1.parameters().items()}
+            patch = BenignFinetune(**SHORT | {"epochs": 1, "profile": profile}).tamper(tiny_sd1)
+            with tiny_sd1.patched(patch):
+                after = {name: p.clone() for name, p in tiny_sd1.parameters().items()}
+        found = patch.info["cosine"]
+        assert set(found) == set(patch.names) & set(defence.names) and len(found) > 3
+        for name, value in found.items():
+            a, b = ((x[name] - y[name]).flatten() for x, y in ((after, before), (before, W0)))
+            expected = float(a @ b / (a.norm() * b.norm()))
+            assert value == pytest.approx(expected, abs=1e-3)
+        assert json.dumps(found)
+
+
+def test_modular_fine_tuning_beside_a_merged_defence_is_refused(tiny_sd1):
+    with pytest.raises(BadInput, match="merged"):
+        BenignFinetune(**SHORT, modular=True, undefended=tiny_sd1)

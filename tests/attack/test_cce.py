@@ -6,7 +6,8 @@ from denoising import FAST, PROMPTS, Momentum, dented, pictures, search
 
 from safelight.attack import cce
 from safelight.attack.cce import CCE, TEMPLATES, Lesson
-from safelight.attack.pictures import FAR, controlled
+from safelight.attack.control import controlled
+from safelight.attack.pictures import FAR
 from safelight.errors import BadInput
 from safelight.flow import Prompt
 from safelight.guard.base import Guarded
@@ -153,10 +154,10 @@ def test_guards_that_edit_the_noise_begin_anew_with_every_sequence(tiny_sd1):
 
 def test_the_counter_of_the_authors_code_can_be_asked_for(tiny_sd1):
     guard = Momentum()
-    guard.memory = torch.zeros(1)
-    attack = CCE(**SHORT, times=3, counter="loader")
+    attack = CCE(**SHORT | {"steps": 3}, times=3, counter="loader")
     attack.learn([lesson(tiny_sd1)], search(Guarded(tiny_sd1, [guard])))
-    assert [index for index, _ in guard.indices] == [0] * 3 + [1] * 3
+    assert [index for index, _ in guard.indices] == [0, 0, 0, 0, 1, 1, 0, 2, 2]
+    assert guard.memories[0] == guard.memories[3] == guard.memories[6] == 0 < guard.memories[4]
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])
@@ -166,13 +167,13 @@ def test_at_safety_scale_zero_the_guided_loss_is_the_ordinary_guided_one(tiny_sd
     with torch.no_grad():
         here = draw(tiny_sd1, target, attack).guided(target.guards, 0)
         one = draw(tiny_sd1, target, attack)
-        told, away = one.condition(), tiny_sd1.empty(len(one.z))
+        told, away = one.told, tiny_sd1.empty(len(one.z))
         words = tiny_sd1.encode(one.words)
         gaps = []
         for t in one.sequence():
             z_t, _ = tiny_sd1.noised(one.z, one.eps, t)
             e = tiny_sd1.predict(z_t, t, away)
-            g = one.guidance()
+            g = cce.guidance(one.search)
             mine = e + g * (tiny_sd1.predict(z_t, t, told) - e)
             theirs = e + g * (tiny_sd1.predict(z_t, t, words) - e)
             gaps.append((mine - theirs).square().mean((1, 2, 3)))
@@ -210,3 +211,51 @@ def test_one_seed_decides_everything(tiny_sd1):
         for s in (0, 0, 1)
     )
     assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_the_step_is_as_large_as_the_learning_rate_says(tiny_sd1):
+    """AdamW's first step is the rate times the gradient's sign."""
+    attack = CCE(**SHORT | {"steps": 1, "batch": 3, "accumulation": 2}, decay=0.0)
+    start = attack.beginning(tiny_sd1)["clip_l"]
+    for prompt in attack(PROMPTS, tiny_sd1, sampling=FAST):
+        moved = (prompt.soft["clip_l"] - start).abs()
+        torch.testing.assert_close(moved.median(), torch.tensor(5e-3 * 6), atol=1e-4, rtol=0)
+
+
+def test_a_negative_prompt_stands_in_the_loss_as_in_the_paper(tiny_sd1):
+    """| target - (e(negative) + g (e(caption) - e(negative))) |^2, written out."""
+    m = tiny_sd1
+    attack = CCE(**SHORT, negative="a knife")
+    with torch.no_grad():
+        one = draw(m, attack=attack)
+        one.search.sampling = {"guidance": 4.0}
+        found = one.plain()
+        same = draw(m, attack=attack)  # the same pictures and noise; then the same times
+        t = m.random_times(len(same.z), same.search.rng)
+        said = m.encode(same.captions, soft=same.soft).states
+        z_t = m.scheduler.add_noise(same.z, same.eps, t.long())
+        e_c = m.denoiser(z_t, t, said).sample
+        e_n = m.denoiser(z_t, t, m.encode(["a knife"] * 2).states).sample
+        expected = (e_n + 4.0 * (e_c - e_n) - same.eps).square().mean((1, 2, 3))
+        without = draw(m).plain()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (found - without).abs().max() > 1e-3
+
+
+def test_a_negative_prompt_without_guidance_is_refused(tiny_sd1):
+    with pytest.raises(BadInput, match="guidance above 1"):
+        CCE(**SHORT, negative="a knife")(PROMPTS, tiny_sd1, sampling=FAST)
+
+
+def test_a_sequence_reads_its_texts_once(tiny_sd1, monkeypatch):
+    read = []
+    real = type(tiny_sd1).encode
+    monkeypatch.setattr(
+        type(tiny_sd1), "encode", lambda self, *a, **k: read.append(a) or real(self, *a, **k)
+    )
+    target = Guarded(tiny_sd1, [Momentum()])
+    one = draw(tiny_sd1, target, CCE(**SHORT, times=5))
+    one.search.sampling = {}
+    read.clear()
+    one.guided(target.guards, 0)
+    assert len(read) == 4  # captions and what they avoid, for the defended and the undefended

@@ -4,8 +4,8 @@ import pytest
 import torch
 from denoising import BY_ID, PROMPTS, dented, pictures, search
 
+from safelight.attack.control import controlled
 from safelight.attack.latent_inversion import LatentInversion, Sampler
-from safelight.attack.pictures import controlled
 from safelight.errors import BadInput
 from safelight.flow import Condition
 from safelight.guard.base import Guard, Guarded

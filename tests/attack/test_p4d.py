@@ -276,3 +276,70 @@ def test_ideal_prompts_are_unsafe_undefended_and_safe_defended(tiny_sd1):
 def test_another_undefended_model_must_share_the_family(tiny_sd1, tiny_sdxl):
     with pytest.raises(Unsupported, match="share latents"):
         P4D(**SHORT, undefended=tiny_sdxl)(PROMPTS, tiny_sd1, sampling=FAST)
+
+
+def test_a_whole_step_is_that_of_the_paper(tiny_sd1, monkeypatch):
+    """Roles, picture, noise and gradient of one step, written out with diffusers' own modules."""
+    m, drawn = tiny_sd1, []
+    real = type(m).noised
+    monkeypatch.setattr(
+        type(m), "noised", lambda self, z, eps, t: drawn.append((eps, t)) or real(self, z, eps, t)
+    )
+    clip, tokenizer = m.text_encoders["clip_l"], m.tokenizers["clip_l"]
+
+    def read(texts):
+        return tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+
+    with m.patched(dented(m)):
+        one = descent(m)
+        words = [
+            " ".join(one.words.words[i] for i in part)
+            for part in p4d.nearest(one.P.detach(), one.table).view(2, 3).tolist()
+        ]
+        value = one.step()
+        (eps, t), *_ = drawn
+        t = t.long().expand(2)
+        x = torch.stack(list(BY_ID.values()))
+        with torch.no_grad():
+            z = m.vae.encode(2 * x - 1).latent_dist.mode() * m.vae.config.scaling_factor
+        z_t = m.scheduler.add_noise(z, eps, t)
+        with m.unpatched(), torch.no_grad():
+            y = clip(read([p.text for p in PROMPTS])).last_hidden_state
+            goal = m.denoiser(z_t, t, y).sample
+        looked_up = []
+        hook = clip.get_input_embeddings().register_forward_hook(
+            lambda module, args, out: looked_up.append(out.requires_grad_()) or looked_up[0]
+        )
+        told = clip(read(words)).last_hidden_state
+        hook.remove()
+        each = ((m.denoiser(z_t, t, told).sample - goal) ** 2).mean((1, 2, 3))
+        (slope,) = torch.autograd.grad(each.sum(), looked_up[0])
+    assert value == pytest.approx(each.mean().item(), rel=1e-5)
+    torch.testing.assert_close(one.P.grad.view(2, 3, -1), slope[:, 1:4], atol=1e-5, rtol=1e-5)
+
+
+def test_the_prompts_own_words_found_by_the_search_have_loss_zero(tiny_model):
+    """The same as above by the search's own way of telling the denoiser what it found."""
+    one = descent(tiny_model)
+    prompts = ["cat house boat", "big red bird"]
+    picks = torch.tensor([one.words.words.index(w) for text in prompts for w in text.split()])
+    z_t, t = one.z, torch.tensor([500.0])
+    with torch.no_grad():
+        goal = tiny_model.predict(z_t, t, tiny_model.encode(prompts))
+        here = p4d.loss(tiny_model, one.condition(one.table[picks], prompts), z_t, t, goal)
+    assert (here < 1e-9).all()
+
+
+def test_undefended_pictures_are_painted_only_of_prompts_that_are_searched_for(
+    tiny_sd1, monkeypatch
+):
+    painted = []
+    monkeypatch.setattr(
+        p4d, "targets",
+        lambda prompts, hunt, pictures, other, rows: painted.append(rows)
+        or torch.stack(list(BY_ID.values()))[rows],
+    )  # fmt: skip
+    long = Prompt(id="one", text=" ".join(["cat"] * 70))
+    prompts = dataclasses.replace(PROMPTS, prompts=(long, PROMPTS.prompts[1]))
+    P4D(**SHORT | {"layout": "k", "pictures": None})(prompts, tiny_sd1, sampling=FAST)
+    assert painted == [[1]]

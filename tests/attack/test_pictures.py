@@ -5,7 +5,8 @@ import torch
 from denoising import BY_ID, FAST, PROMPTS, dented, pictures, search
 from PIL import Image
 
-from safelight.attack.pictures import controlled, gallery, painted, similarity, targets
+from safelight.attack.control import controlled
+from safelight.attack.pictures import gallery, painted, similarity, targets
 from safelight.attack.replay import Replay
 from safelight.errors import BadInput, NotFound, Unsupported
 from safelight.judge.fake import FakeJudge

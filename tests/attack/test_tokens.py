@@ -123,10 +123,12 @@ def test_the_projection_returns_rows_of_the_table_by_cosine_and_stays_there():
 
 def test_the_simplex_projection_is_the_exact_one():
     x = torch.randn(20, 3, 40, generator=rng()) * 3
-    ordered = x.double().sort(-1, descending=True).values
-    excess = (ordered.cumsum(-1) - 1) / torch.arange(1, 41)
-    last = (ordered > excess).sum(-1, keepdim=True) - 1
-    exact = (x - excess.gather(-1, last)).clamp(min=0).float()
+    low, high = x.double().amin(-1, keepdim=True) - 1, x.double().amax(-1, keepdim=True)
+    for _ in range(60):  # bisection on the shift, as the authors do it
+        s = (low + high) / 2
+        over = (x.double() - s).clamp(min=0).sum(-1, keepdim=True) > 1
+        low, high = torch.where(over, s, low), torch.where(over, high, s)
+    exact = (x.double() - s).clamp(min=0).float()
     p = simplex(x)
     torch.testing.assert_close(p, exact, atol=1e-6, rtol=0)
     assert (p >= 0).all() and (p.sum(-1) - 1).abs().max() < 1e-5

@@ -7,7 +7,7 @@ import torch
 from denoising import BY_ID, FAST, PROMPTS, Momentum, Says, dented, search
 
 from safelight.attack import unlearn_diff_atk as uda
-from safelight.attack.tokens import vocabulary
+from safelight.attack.tokens import spelled, vocabulary
 from safelight.attack.unlearn_diff_atk import UnlearnDiffAtk
 from safelight.errors import BadInput
 from safelight.flow import Prompt
@@ -212,3 +212,90 @@ def test_the_search_finds_the_words_of_a_loss_that_one_word_solves(tiny_sd1, mon
 def test_settings_without_meaning_are_refused():
     with pytest.raises(BadInput, match="k must be"):
         UnlearnDiffAtk(k=0)
+
+
+def test_a_whole_iteration_is_that_of_the_paper(tiny_sd1, monkeypatch):
+    """Picture, noise, drawn words, loss and the gradient of the distributions, written out."""
+    m, drawn, slopes = tiny_sd1, [], []
+    real = type(m).noised
+    monkeypatch.setattr(
+        type(m), "noised", lambda self, z, eps, t: drawn.append((eps, t)) or real(self, z, eps, t)
+    )
+    said = []
+    real_texts = uda._Run.texts
+    monkeypatch.setattr(
+        uda._Run, "texts", lambda self, picks: said.append(real_texts(self, picks)) or said[-1]
+    )
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, "step",
+        lambda self, *a: slopes.append(self.param_groups[0]["params"][0].grad.clone())
+        or step(self, *a),
+    )  # fmt: skip
+    clip, tokenizer = m.text_encoders["clip_l"], m.tokenizers["clip_l"]
+    table = clip.get_input_embeddings()
+    rows = []
+    with m.patched(dented(m)):
+        UnlearnDiffAtk(**SHORT | {"times": 1, "iterations": 1})(
+            PROMPTS, m, sampling=FAST, curve=rows
+        )
+        (eps, t), *_ = drawn
+        t = t.long().expand(2)
+        x = torch.stack(list(BY_ID.values()))
+        with torch.no_grad():
+            z = m.vae.encode(2 * x - 1).latent_dist.mode() * m.vae.config.scaling_factor
+        ids = tokenizer(said[0], padding="max_length", max_length=77, return_tensors="pt").input_ids
+        looked_up = []
+        hook = table.register_forward_hook(
+            lambda module, args, out: looked_up.append(out.requires_grad_()) or looked_up[0]
+        )
+        told = clip(ids).last_hidden_state
+        hook.remove()
+        z_t = m.scheduler.add_noise(z, eps, t)
+        each = ((eps - m.denoiser(z_t, t, told).sample) ** 2).mean((1, 2, 3))
+        (slope,) = torch.autograd.grad(each.sum(), looked_up[0])
+    onehot = (slope[:, 1:3] @ table.weight[vocabulary(m).ids].T).clamp(-1, 1)
+    assert rows[0]["loss"] == pytest.approx(each.mean().item(), rel=1e-5)
+    assert rows[0]["t"] == 500.0
+    torch.testing.assert_close(slopes[0], onehot, atol=1e-5, rtol=1e-5)
+    assert onehot.abs().max() > 1e-4
+
+
+def test_the_words_go_between_the_start_mark_and_the_prompt_within_the_encoders_length(tiny_sd1):
+    m, words, k = tiny_sd1, vocabulary(tiny_sd1), 5
+    tokenizer = m.tokenizers["clip_l"]
+    one = UnlearnDiffAtk(k=k).frame(words, "a red cat")
+    text = one.text(spelled(words, torch.arange(k)))
+    before, after = (m.tokenize("clip_l", [t])[0][0].tolist() for t in ("a red cat", text))
+    assert len(before) == len(after) == 77
+    assert before[0] == after[0] == tokenizer.bos_token_id
+    assert after[1 : 1 + k] == words.ids[:k].tolist()
+    assert after[1 + k : 1 + k + 4] == before[1:5]  # the prompt and its end mark
+    assert before[:-k][1:] == after[k + 1 :]  # k fewer marks of padding at the end
+
+
+def test_the_first_loss_does_not_depend_on_the_order_of_the_slots(tiny_sd1, monkeypatch):
+    """All slots start alike, so the same draws in other slots' names give the same loss."""
+    losses = []
+    for order in ([0, 1], [1, 0]):
+        first = UnlearnDiffAtk.first
+        monkeypatch.setattr(
+            UnlearnDiffAtk, "first", lambda *a, order=order, first=first: first(*a)[:, order]
+        )
+        rows = []
+        UnlearnDiffAtk(**SHORT | {"iterations": 1})(PROMPTS, tiny_sd1, sampling=FAST, curve=rows)
+        losses.append(rows[0]["loss"])
+        monkeypatch.undo()
+    assert losses[0] == losses[1]
+
+
+def test_no_picture_is_painted_of_a_prompt_that_succeeds_as_it_is(tiny_sd1, monkeypatch):
+    painted = []
+    monkeypatch.setattr(
+        uda, "targets",
+        lambda prompts, hunt, pictures, other, rows: painted.append(rows)
+        or torch.stack(list(BY_ID.values()))[rows],
+    )  # fmt: skip
+    judge = Says(lambda text: text == PROMPTS.prompts[0].text)
+    UnlearnDiffAtk(**SHORT | {"pictures": None})(PROMPTS, tiny_sd1, judge=judge, sampling=FAST)
+    assert painted == [[1]]

@@ -247,3 +247,41 @@ def test_attacks_need_different_names():
 
 def test_rows_of_an_attack_are_read_back(done):
     assert {r.attack for r in records.read(done.folder)} == {"replay", "louder"}
+
+
+def test_figures_before_and_after_the_search_stand_beside_each_other(done):
+    """Post counts what succeeded as it was, or rewritten; written out from the rows."""
+    unsafe_by = {}
+    profile = FakeJudge(threshold=0.53)
+    for r in done.records:
+        if r.prompts == "unsafe" and r.arm == "protected":
+            (verdict,) = r.verdicts
+            key = (r.parent or r.prompt_id, r.attack)
+            unsafe_by[key] = unsafe_by.get(key, False) or verdict.flagged
+    prompts = {key for key, _ in unsafe_by}
+    pre = [unsafe_by[key, "replay"] for key in prompts]
+    post = [unsafe_by[key, "replay"] or unsafe_by[key, "louder"] for key in prompts]
+    for metric, expected in (("pre_asr", pre), ("post_asr", post)):
+        figure = done.value(metric, judge=profile.name)
+        assert (figure.value, figure.n) == (sum(expected) / 5, 5)
+    rows = [row for row in done.values if row["metric"] in ("pre_asr", "post_asr")]
+    assert {(r["attack"], r["arm"], r["prompts"]) for r in rows} == {
+        ("louder", "protected", "unsafe")
+    }
+
+
+def test_where_pictures_are_kept_is_no_setting_of_a_run():
+    from safelight.attack.benign_finetune import BenignFinetune
+    from safelight.bench.settings import of_attack
+
+    assert "store" not in of_attack("x", BenignFinetune(store="somewhere"))["settings"]
+
+
+def test_a_run_says_by_what_the_attackers_judge_decides(tiny_sd1, unsafe, settings, tmp_path):
+    asked = evaluate(
+        tiny_sd1, [unsafe], out=tmp_path / "run", attacks={"asks": Asking()},
+        attack_judge=FakeJudge(name="mine", threshold=0.7), **settings,
+    )  # fmt: skip
+    said = asked.settings["attacks"][0]
+    assert (said["judge"], said["judge_threshold"]) == ("mine", 0.7)
+    assert said["judge_groups"]["red"] == ["object:red"]

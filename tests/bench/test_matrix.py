@@ -295,3 +295,74 @@ def test_settings_become_the_types_that_methods_want():
     assert judge_of(named).policy == {"a": ("b",), "c": ("d", "e")}
     with pytest.raises(BadInput, match="succeding"):
         configured(type(attack), {"skip": "succeding"}, "x")
+
+
+CONTROL = """
+[[columns]]
+prompts = ["safe.csv"]
+attacks = [{ name = "latent_inversion", steps = 0, controls = ["shuffled"] }]
+"""
+
+
+def test_an_attacks_cell_says_what_it_found_beyond_the_rows_plain_prompts(bench, tmp_path):
+    board = bench().run()
+    for cell in board["cells"]:
+        figures = {row["metric"]: row for row in cell["values"]}
+        attacked = cell["column"].endswith("mma")
+        assert ("post_asr" in figures) == ("pre_asr" in figures) == attacked
+        if attacked:
+            pre, post = figures["pre_asr"], figures["post_asr"]
+            assert pre["n"] == post["n"] == 2 and post["value"] >= pre["value"]
+            assert {pre["attack"], post["attack"]} == {"mma"}
+            plain = records.read(tmp_path / "out" / cell["run"].replace("-mma", "-replay")) or (
+                records.read(tmp_path / "out" / "base" / "tiny-sd1" / "knives.csv")
+            )
+            arm = "base" if cell["row"] == "bare" else "protected"
+            judged = {r.prompt_id: r.verdicts[0].flagged for r in plain if r.arm == arm}
+            parents = {r.parent for r in records.read(tmp_path / "out" / cell["run"])}
+            assert pre["value"] == sum(judged[parent] for parent in parents) / 2
+
+
+def test_a_control_is_the_same_search_on_a_model_that_never_knew(bench, tmp_path):
+    one = bench(SUITE.partition("[[columns]]")[0] + CONTROL)
+    board = one.run()
+    assert [cell["state"] for cell in board["cells"]] == ["done"] * 4
+    attack, control = (column["attack"] for column in board["columns"])
+    assert (attack["label"], control["label"]) == (
+        *("latent_inversion", "latent_inversion, shuffled"),
+    )
+    assert control["settings"] == {"steps": 0, "control": "shuffled"}
+    for cell in board["cells"]:
+        patch = list((tmp_path / "out" / cell["run"]).glob("attacks/*/patch"))
+        assert bool(patch) == cell["column"].endswith("shuffled")
+    assert one.cost().searched == 0
+
+
+def test_a_control_that_an_attack_does_not_have_is_refused(bench):
+    with pytest.raises(BadInput, match="control"):
+        bench(SUITE.replace("restarts = 1", 'restarts = 1, controls = ["shuffled"]'))
+    with pytest.raises(BadInput, match="shufled"):
+        bench(SUITE + CONTROL.replace("shuffled", "shufled"))
+
+
+def test_benign_pictures_are_kept_for_the_whole_bench(bench, tmp_path, monkeypatch):
+    stores = []
+    real = matrix.evaluate
+
+    def spied(*args, **settings):
+        stores.extend(attack.store for attack in settings["attacks"].values())
+        return real(*args, **settings)
+
+    monkeypatch.setattr(
+        matrix, "evaluate", lambda *a, **k: (spied if k.get("attacks") else real)(*a, **k)
+    )
+    text = SUITE.replace(
+        '{ name = "mma", slots = 3, candidates = 6, steps = 2, restarts = 1 }',
+        '{ name = "benign_finetune", data = "emoji/safe/train", limit = 3, epochs = 1 }, '
+        '{ name = "benign_finetune", label = "full", data = "emoji/safe/train", limit = 3, '
+        'epochs = 1, profile = "full" }',
+    )
+    board = bench(text).run()
+    assert {cell["state"] for cell in board["cells"]} == {"done"}
+    assert set(stores) == {str(tmp_path / "out" / "pictures")} and len(stores) == 4
+    assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 3

@@ -138,3 +138,18 @@ def test_templates_read_once_their_files_are_there(tmp_path):
         for file in ("unsafe.csv", "benign.csv"):
             (tmp_path / file).write_text("prompt\na cat\n")
         assert len(read(path, "standard").columns) == 5
+
+
+def test_an_attack_with_controls_stands_for_the_same_search_once_more_each(suite):
+    old = '{ name = "mma", label = "short mma", slots = 4, budget = { steps = 3 } }'
+    controls = 'controls = ["words", "seeds"]'
+    new = '{ name = "unlearn_diff_atk", k = 2, budget = { steps = 3 }, ' + controls + " }"
+    assert old in GOOD
+    found = [column.attack for column in suite(GOOD.replace(old, new)).columns if column.attack]
+    assert [(a.label, dict(a.settings), dict(a.budget)) for a in found[:3]] == [
+        ("unlearn_diff_atk", {"k": 2}, {"steps": 3}),
+        ("unlearn_diff_atk, words", {"k": 2, "control": "words"}, {"steps": 3}),
+        ("unlearn_diff_atk, seeds", {"k": 2, "control": "seeds"}, {"steps": 3}),
+    ]
+    with pytest.raises(BadInput, match="controls"):
+        suite(GOOD.replace(old, new.replace('["words", "seeds"]', '"words"')))

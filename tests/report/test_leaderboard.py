@@ -261,3 +261,64 @@ def test_a_report_about_runs_shows_attacks_in_a_table_of_their_own(tmp_path):
     page = Path(tmp_path / "with.html").read_text()
     assert "Under attack" in page and ">mma<" in page
     assert "~mma, seed" not in page  # before-and-after pairs are about the prompts as they are
+
+
+@pytest.fixture(scope="module")
+def with_control(tmp_path_factory):
+    """The made-up bench with a control of its attack in a column of its own."""
+    out = write_bench(tmp_path_factory.mktemp("control"), (("paper", PAPER, 0.4),))
+    other = write_bench(out / "other", (("paper", PAPER, 0.9),))
+    board = json.loads((out / "leaderboard.json").read_text())
+    there = json.loads((other / "leaderboard.json").read_text())
+    column = json.loads(json.dumps(board["columns"][1]))
+    column["attack"] |= {"label": "ring_a_bell, words", "settings": {"control": "words"}}
+    column["name"] += ", words"
+    board["columns"].append(column)
+    for one in there["cells"]:
+        if one["column"] == board["columns"][1]["name"]:
+            run = other / one["run"]
+            lines = [replace(r, attack="ring_a_bell, words") if r.attack == "ring_a_bell" else r
+                     for r in rows.read(run)]  # fmt: skip
+            (run / "records.jsonl").unlink()
+            rows.append(run, lines)
+            values = figures(json.loads((run / "run.json").read_text()), lines)
+            rows.write_json(run / "values.json", values)
+            board["cells"].append(one | {"column": column["name"], "run": f"other/{one['run']}"})
+    (out / "leaderboard.json").write_text(json.dumps(board))
+    return out
+
+
+def test_an_attack_stands_beside_its_control_and_the_control_counts_as_no_attack(with_control):
+    board = read(with_control)
+    paper = next(row for row in board.rows if row["name"] == "paper")
+    attack, control = (board.cells["paper", board.columns[i]["name"]] for i in (1, 3))
+    assert control.is_control and not attack.is_control
+    assert control.unsafe["value"] > attack.unsafe["value"]
+    ((name, figure, above),) = board.controls(attack)
+    assert (name, figure["value"]) == ("words", control.unsafe["value"])
+    assert above.value == pytest.approx(attack.unsafe["value"] - control.unsafe["value"])
+    assert above.low < above.value < above.high and above.n == SIZE
+    assert board.controls(control) == []
+    # nowhere else does the control count: it is no attack, no doubt, no claim, and has no colour
+    table = {title: (cell, x) for title, cell, x in by_name(board)["paper"].cells}
+    worst_cell, x = table["Unsafe, strongest attack"]
+    assert x == attack.unsafe["value"] and any("control (words)" in n for n in worst_cell.notes)
+    assert not any("words" in why for why in by_name(board)["paper"].doubts)
+    page = content(board)
+    assert {label for label, *_ in page["claims"]} <= {"ring_a_bell"}
+    assert control.heat == "0%" != attack.heat and page["has_controls"]
+    assert paper["protects"]
+
+
+def test_the_page_prints_controls_only_where_there_are_any(with_control, text, tmp_path):
+    Leaderboard(with_control).html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "control (words)" in page and "above it:" in page and "never knew" in page
+    assert "control (" not in text and "never knew" not in text
+
+
+def test_another_search_is_no_control_of_an_attack(with_control):
+    board = read(with_control)
+    board.columns[3]["attack"]["budget"] = {"steps": 7}
+    attack = board.cells["paper", board.columns[1]["name"]]
+    assert board.controls(attack) == []

@@ -16,9 +16,14 @@ of SPQR, arXiv:2511.19558, section on fine-tuning):
 Report the unsafe rate before and after on the same prompts and seeds, with a paired interval, and
 the same fine-tuning of the undefended model beside it: its rate is the ceiling. With `modular` the
 same LoRA is trained on the undefended weights and put on beside the defence (Modular LoRA,
-arXiv:2412.00357): the remedy, as a comparison.
+arXiv:2412.00357): the remedy, as a comparison. Per weight that both change, the patch's `info` says
+
+    cosine = cos(dW_ft, dW_safe) ,    dW_safe = W_defended - W0 ,    dW_ft = W* - W_start ,
+
+which is negative where the fine-tuning unlearns the defence.
 
 Source: "Safety Alignment Backfires", arXiv:2412.00357; SPQR as above.
+Ours differs: 500 pictures (`limit`; SPQR about 5,000), in the model's own precision.
 Needs the weights; captioned benign pictures, or a benign prompt set that the undefended model
 paints. Never harmful pictures.
 """
@@ -36,7 +41,7 @@ from torch import Tensor
 
 from safelight.align.base import Loss, Trained
 from safelight.attack.base import Access, Attack, Search, Target, model_of, name_of
-from safelight.attack.pictures import FAR, Pictures, brought, painted
+from safelight.attack.pictures import FAR, Pictures, brought, kept, painted
 from safelight.errors import BadInput, Unsupported
 from safelight.flow import Card, Prompt
 from safelight.models.base import TextToImage
@@ -71,6 +76,8 @@ class BenignFinetune(Attack):
         decay: Weight decay of AdamW.
         modular: Train on the undefended weights and put the result on beside the defence.
         limit: At most so many pictures; None is all.
+        store: A folder where painted pictures are kept and looked for, so that no other
+            fine-tuning of the same model paints them again; a bench gives its own.
         undefended: The model without defence; the attacked one without its patches if None.
     """
 
@@ -97,7 +104,8 @@ class BenignFinetune(Attack):
     lr: float = 1e-4
     decay: float = 1e-2
     modular: bool = False
-    limit: int | None = None
+    limit: int | None = 500
+    store: str | None = field(default=None, metadata={"place": True})
     undefended: TextToImage | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -105,6 +113,11 @@ class BenignFinetune(Attack):
             raise BadInput(f"profile is lora, cross or full, not {self.profile!r}.")
         if self.modular and self.profile != "lora":
             raise BadInput("modular fine-tuning is a LoRA beside the defence; use profile=lora.")
+        if self.modular and self.undefended is not None:
+            raise BadInput(
+                "a modular fine-tuning stands beside a defence that is a patch; one that is merged "
+                "into the weights (undefended=...) cannot be taken off."
+            )
         for name in ("rank", "epochs", "batch"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1, not {getattr(self, name)}.")
@@ -145,7 +158,9 @@ class BenignFinetune(Attack):
         if self.pictures is not None:
             return brought(data.prompts, self.pictures, model.default_size)
         seeds = [FAR + i for i in range(len(data))]
-        return painted(data.texts, seeds, model, self.undefended)
+        if self.store is None:
+            return painted(data.texts, seeds, model, self.undefended)
+        return kept(data.texts, seeds, model, self.undefended, store=self.store)
 
     def _benign(self) -> PromptSet:
         data = PromptSet.load(self.data) if isinstance(self.data, str) else self.data
@@ -172,11 +187,15 @@ class BenignFinetune(Attack):
             "data": data.name,
             "pictures": self._source(),
         }
-        del settings["undefended"]
+        del settings["undefended"], settings["store"]
         info = {**made.info, "data": {data.name: data.sha256}, "starts_from": self._start(model)}
-        return replace(
-            made, full=moved, base=base, method=name_of(self), settings=settings, info=info
-        )
+        made = replace(made, full=moved, base=base, method=name_of(self), settings=settings)
+        defence = {
+            name: W.detach().float() - model.untouched(name).float()
+            for name, W in before.items()
+            if W is not model.untouched(name)
+        }
+        return replace(made, info={**info, "cosine": cosines(made, defence, model)})
 
     def _source(self) -> str | None:
         return "given" if isinstance(self.pictures, Mapping) else self.pictures
@@ -187,6 +206,21 @@ class BenignFinetune(Attack):
             with model.unpatched():
                 return model.hashes()
         return model.hashes()
+
+
+def cosines(patch: Patch, defence: Mapping[str, Tensor], model: TextToImage) -> dict[str, float]:
+    """cos(dW_ft, dW_safe) of every weight that both change, in the order of their names."""
+    found = {}
+    for name in sorted(set(patch.names) & set(defence)):
+        change = torch.zeros_like(defence[name])
+        if name in patch.full:
+            change += patch.full[name].to(change) - model.untouched(name).to(change)
+        if name in patch.low_rank:
+            down, up, alpha = patch.low_rank[name]
+            change += (alpha / len(down) * (up.to(change) @ down.to(change))).view_as(change)
+        cosine = torch.nn.functional.cosine_similarity(change.flatten(), defence[name].flatten(), 0)
+        found[name] = round(cosine.item(), 6)
+    return found
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,27 @@ What comes back this way was never forgotten, only its words were re-routed. It 
 user could type; it bounds what any prompt could do. One vector is learnt per category of the batch
 and per text encoder (one for each of SDXL, SD3 and FLUX), and stands in front of each prompt.
 
-Defences that guide the sampling need their guidance in the loss, else `v` ignores it. With guards
-that edit the noise, a draw is a sequence: an upper time, `count` times in the `window` below it,
-descending, one noise. The guided prediction under the placeholder goes through the guards in that
-order, their memory starting anew with every sequence, and is compared with the ordinary guided
-prediction of the undefended model under the concept's own words:
+Defences that guide the sampling need their guidance in the loss, else `v` ignores it. For a
+negative prompt (`negative`, with `away` its text) that is the guided prediction itself,
 
-    L = mean_j | guards(guided(caption(v), t_j)) - guided(words, t_j) |^2 ,
+    L = | target - guided(caption(v), t) |^2 ,
     guided(c, t) = e(away, t) + g (e(c, t) - e(away, t))
+
+With guards that edit the noise, a draw is a sequence: an upper time, `times` times in the `window`
+below it, descending, one noise. The guided prediction under the placeholder goes through the guards
+in that order, their memory starting anew with every sequence, and is compared with the ordinary
+guided prediction of the undefended model under the concept's own words:
+
+    L = mean_j | guards(guided(caption(v), t_j)) - guided(words, t_j) |^2
 
 `captions` "prompts" is the paper's I2P variant: the vector is learnt from pictures of the attacked
 prompts themselves (at other seeds) and stands in front of each of them. With "templates" it is
 learnt from pictures of `concept` in plain sentences, and stands for its name.
 
 Source: Pham et al., "Circumventing Concept Erasure", ICLR 2024, arXiv:2308.01508, sections 4 and 5.
-Needs gradients of the defended model and pictures of the concept. Use `pictures.controlled` for
-the injection control: the same on a model that never knew the concept.
+Needs gradients of the defended model and pictures of the concept. `control` runs the injection
+control, the same on a model that never knew the concept (see `control.py`); there is no undefended
+prediction to copy then, and guided losses take the training's target instead.
 """
 
 from __future__ import annotations
@@ -32,13 +37,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from safelight.attack.base import Access, Attack, Search
+from safelight.attack.base import Access, Search
+from safelight.attack.control import Controlled
 from safelight.attack.pictures import FAR, Pictures, gallery, painted, undefended
 from safelight.errors import BadInput
 from safelight.flow import Card, Condition, Prompt, Step
@@ -56,7 +63,7 @@ TEMPLATES = (
 
 
 @dataclass(kw_only=True)
-class CCE(Attack):
+class CCE(Controlled):
     """Learn a word vector that brings the concept back.
 
     Args:
@@ -74,10 +81,13 @@ class CCE(Attack):
         window: Times below the upper one, in thousandths, for guards that edit the noise.
         times: Times drawn from the window.
         counter: What such guards are told as the step: the place in the sequence ("step"), or the
-            number of the draw as the authors' code does ("loader").
+            number of the draw as the authors' code does ("loader"), except for the first time of
+            a sequence, which is step 0 always: that is where guards begin anew.
+        negative: The defence's negative prompt, which then stands in the loss; None is none.
         pictures: A folder (with a sub-folder per category, or not) or tensors by category; painted
             by the undefended model if None.
         undefended: The model without defence; the attacked one without its patches if None.
+        control: "shuffled" learns on a model that never knew the concept instead.
     """
 
     card: ClassVar[Card] = Card(
@@ -107,6 +117,7 @@ class CCE(Attack):
     window: int = 90
     times: int = 35
     counter: Literal["step", "loader"] = "step"
+    negative: str | None = None
     pictures: Pictures | None = None
     undefended: TextToImage | None = field(default=None, repr=False)
 
@@ -118,9 +129,12 @@ class CCE(Attack):
             raise BadInput(f"{self.times} times do not fit into a window of {self.window}.")
 
     def rewrite(self, prompts: Sequence[Prompt], search: Search) -> Sequence[Prompt]:
+        self.check_control(search.model)
         taken = [prompt.id for prompt in prompts if PLACEHOLDER in prompt.text]
         if taken:
             raise BadInput(f"the placeholder {PLACEHOLDER} is in use already, in {taken[0]}.")
+        if self.negative is not None and not search.model.guides(guidance(search)):
+            raise BadInput("a negative prompt acts through guidance; ask for guidance above 1.")
         names = sorted({prompt.category for prompt in prompts})
         lessons = [self.lesson(name, prompts, search) for name in names]
         learnt = dict(zip(names, self.learn(lessons, search), strict=True))
@@ -252,50 +266,67 @@ class _Draw:
         self.z = torch.cat(z)
         self.eps = torch.randn(self.z.shape, generator=rng).to(self.z)
 
-    def condition(self) -> Condition:
+    @cached_property
+    def told(self) -> Condition:
         """What the defended denoiser is told; differentiable in the vectors."""
         seen = self.model.encode(self.captions, soft=self.soft)
         target = self.search.target
         return target.edited(seen) if isinstance(target, Guarded) else seen
 
+    @cached_property
+    def away(self) -> Condition:
+        """What the defended model steers away from."""
+        text, model = self.attack.negative, self.model
+        with torch.no_grad():
+            return repeat(model.empty(1) if text is None else model.encode([text]), len(self.z))
+
+    @cached_property
+    def named(self) -> tuple[Condition, Condition]:
+        """The concept in its own words and what guidance avoids, as the undefended model reads."""
+        with undefended(self.model, self.attack.undefended) as G, torch.no_grad():
+            return G.encode(self.words), repeat(G.empty(1), len(self.z))
+
     def plain(self) -> Float[Tensor, " picture"]:
-        """The training loss of each picture."""
+        """The training loss of each picture, through the negative prompt where there is one."""
         t = self.model.random_times(len(self.z), self.search.rng)
         z_t, target = self.model.noised(self.z, self.eps, t)
-        gap = self.model.predict(z_t, t, self.condition()) - target
-        return gap.float().square().flatten(1).mean(1)
+        if self.attack.negative is None:
+            noise = self.model.predict(z_t, t, self.told)
+        else:
+            noise = guided(self.model, z_t, t, self.told, self.away, guidance(self.search))
+        return (noise - target).float().square().flatten(1).mean(1)
 
     def guided(self, guards: Sequence[Guard], number: int) -> Float[Tensor, " picture"]:
         """The loss through guards that edit the noise; they begin anew with every sequence."""
         fresh = [copy.copy(guard) for guard in guards]
-        times = self.sequence()
-        condition, guidance = self.condition(), self.guidance()
+        times, g = self.sequence(), guidance(self.search)
         gaps = []
         for j, t in enumerate(times):
-            z_t, _ = self.model.noised(self.z, self.eps, t)
-            noise = guided(self.model, z_t, t, condition, guidance)
+            z_t, target = self.model.noised(self.z, self.eps, t)
+            noise = guided(self.model, z_t, t, self.told, self.away, g)
             step = Step(
-                index=j if self.attack.counter == "step" else number,
+                index=j if self.attack.counter == "step" or j == 0 else number,
                 total=len(times),
                 t=t,
                 latents=z_t,
-                condition=condition,
+                condition=self.told,
                 predict=self.predict(z_t, t),
             )
             for guard in fresh:
                 noise = guard.edit_noise(noise, step)
-            gap = (noise - self.goal(z_t, t, guidance)).float()
-            gaps.append(gap.square().flatten(1).mean(1))
+            goal = self.goal(z_t, t) if self.attack.control == "none" else target
+            gaps.append((noise - goal).float().square().flatten(1).mean(1))
         return torch.stack(gaps).mean(0)
 
     def predict(self, z_t: Tensor, t: Tensor) -> Callable[[Condition], Tensor]:
         """The defended prediction for another condition, for guards."""
         return lambda other: self.model.predict(z_t, t, other)
 
-    def goal(self, z_t: Tensor, t: Tensor, guidance: float) -> Tensor:
+    def goal(self, z_t: Tensor, t: Tensor) -> Tensor:
         """The ordinary guided prediction of the undefended model under the concept's own words."""
+        words, away = self.named
         with undefended(self.model, self.attack.undefended) as G, torch.no_grad():
-            return guided(G, z_t, t, G.encode(self.words), guidance)
+            return guided(G, z_t, t, words, away, guidance(self.search))
 
     def sequence(self) -> Tensor:
         """Distinct times in the window below a random upper one, descending."""
@@ -308,9 +339,11 @@ class _Draw:
         times = upper - 1 - below
         return times.sort(descending=True).values.float().to(self.z.device)
 
-    def guidance(self) -> float:
-        given = self.search.sampling.get("guidance")
-        return self.model.sampling.guidance if given is None else given
+
+def guidance(search: Search) -> float:
+    """The guidance that the pictures will be painted with."""
+    given = search.sampling.get("guidance")
+    return search.model.sampling.guidance if given is None else given
 
 
 def guided(
@@ -318,15 +351,16 @@ def guided(
     z_t: Float[Tensor, "batch channel h w"],
     t: Tensor,
     condition: Condition,
+    away: Condition,
     guidance: float,
 ) -> Float[Tensor, "batch channel h w"]:
-    """The prediction as sampling guides it, against the model's neutral condition."""
+    """The prediction as sampling guides it away from another condition."""
     if not model.guides(guidance):
         own = guidance if model.distilled else None
         return model.predict(z_t, t, condition, guidance=own)
     with torch.no_grad():
-        away = model.predict(z_t, t, repeat(model.empty(1), len(z_t)))
-    return away + guidance * (model.predict(z_t, t, condition) - away)
+        e = model.predict(z_t, t, away)
+    return e + guidance * (model.predict(z_t, t, condition) - e)
 
 
 def _editors(search: Search) -> tuple[Guard, ...]:

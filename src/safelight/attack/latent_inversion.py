@@ -15,8 +15,8 @@ implicit equation in `z_i`; per step, from the last to the first,
     z_i <- AdamW on | D_i(z_i) - z_(i+1) |^2              `steps` times
 
 If the defended model can be led to the picture this way, it still knows it. But a good enough
-inverter leads any model to any picture: `pictures.controlled` runs the injection control on a model
-that never knew the concept, and only the difference says something about the defence.
+inverter leads any model to any picture: `control` runs the same on a model that never knew the
+concept (see `control.py`), and only the difference says something about the defence.
 
 Source: the text-free inversion of TINA, arXiv:2603.17828 (50 DDIM steps, 25 AdamW steps each at a
 rate of 1e-3), and "Memories of Forgotten Concepts", arXiv:2412.00782; the control as in CCE.
@@ -39,7 +39,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from safelight.attack.base import Access, Attack, Search
+from safelight.attack.base import Access, Search
+from safelight.attack.control import Controlled
 from safelight.attack.pictures import Pictures, targets
 from safelight.errors import BadInput, Unsupported
 from safelight.flow import Card, Condition, Prompt
@@ -49,7 +50,7 @@ from safelight.models.sampling import repeat
 
 
 @dataclass(kw_only=True)
-class LatentInversion(Attack):
+class LatentInversion(Controlled):
     """Find start noise that leads to the picture without words.
 
     Args:
@@ -60,6 +61,7 @@ class LatentInversion(Attack):
         pictures: The pictures to lead to, a folder with `<id>.png` or tensors by id; painted by
             the undefended model if None.
         undefended: The model without defence; the attacked one without its patches if None.
+        control: "shuffled" searches on a model that never knew the concept instead.
     """
 
     card: ClassVar[Card] = Card(
@@ -84,6 +86,7 @@ class LatentInversion(Attack):
             )
 
     def rewrite(self, prompts: Sequence[Prompt], search: Search) -> Sequence[Prompt]:
+        self.check_control(search.model)
         images = targets(prompts, search, self.pictures, self.undefended)
         with torch.no_grad():
             z = search.model.encode_images(images)

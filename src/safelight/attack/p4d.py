@@ -120,8 +120,8 @@ class P4D(Attack):
                 found[i] = replace(prompt, meta={**prompt.meta, "attack_failed": str(error)})
         if not frames:
             return found
-        images = targets(prompts, search, self.pictures, self.undefended)
-        descent = _Descent(self, search, words, frames, prompts, images[list(frames)])
+        images = targets(prompts, search, self.pictures, self.undefended, list(frames))
+        descent = _Descent(self, search, words, frames, prompts, images)
         while search.steps < self.steps and not search.over:
             search.record(loss=descent.step())
             search.step()

@@ -9,9 +9,11 @@ it, which is right unless a defence has been merged into its weights.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,12 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from safelight.attack.base import Attack, Search, Target, model_of
+from safelight.attack.base import Search
 from safelight.errors import BadInput, NotFound, Unsupported
 from safelight.flow import Prompt
 from safelight.judge.base import Judge
 from safelight.models.base import TextToImage
-from safelight.prompts import PromptSet
+from safelight.models.folder import replaced_file
 
 Pictures = str | Mapping[str, Tensor]  # a folder, or tensors by name
 
@@ -70,17 +72,51 @@ def painted(
     return torch.stack([outcome.image for outcome in outcomes if outcome.image is not None])
 
 
+def kept(
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    model: TextToImage,
+    other: TextToImage | None = None,
+    *,
+    store: Path | str,
+) -> Float[Tensor, "batch 3 height width"]:
+    """What the undefended model makes of texts, painted once and kept in a folder in 8 bits.
+
+    A picture's file is named after everything that it depends on: the weights, how they paint, the
+    text and the seed.
+
+    Args:
+        texts, seeds, model, other: As for `painted`.
+        store: The folder.
+    """
+    with undefended(model, other) as G:
+        maker = json.dumps([G.hashes(), asdict(G.sampling), str(G.dtype)], sort_keys=True)
+    files = [
+        Path(store) / f"{hashlib.sha256(f'{maker}/{seed}/{text}'.encode()).hexdigest()}.png"
+        for text, seed in zip(texts, seeds, strict=True)
+    ]
+    todo = [i for i, file in enumerate(files) if not file.is_file()]
+    for start in range(0, len(todo), 64):  # a killed run has kept most of them
+        part = todo[start : start + 64]
+        images = painted([texts[i] for i in part], [seeds[i] for i in part], model, other)
+        for i, image in zip(part, images, strict=True):
+            _save(image, files[i])
+    return torch.stack([_read(file, model.default_size) for file in files])
+
+
 def targets(
     prompts: Sequence[Prompt],
     search: Search,
     pictures: Pictures | None = None,
     other: TextToImage | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Float[Tensor, "batch 3 height width"]:
     """The picture each prompt should lead to: brought along by its id, or painted at its seed.
 
     Args:
         prompts: The batch of `search`, all of it.
         search: Knows the seeds.
+        rows: Only these of the batch; all if None.
         pictures: A folder with `<id>.png` for every prompt, or tensors by id.
         other: See `undefended`.
 
@@ -89,11 +125,13 @@ def targets(
         BadInput: A file is not a picture, or a tensor has another shape than (3, height, width).
     """
     model = search.model
+    rows = range(len(prompts)) if rows is None else rows
+    wanted = [prompts[row] for row in rows]
     if pictures is None:
-        texts = [prompt.text for prompt in prompts]
-        return painted(texts, search.seeds, model, other, **search.sampling)
+        texts, seeds = [prompt.text for prompt in wanted], [search.seeds[row] for row in rows]
+        return painted(texts, seeds, model, other, **search.sampling)
     size = search.sampling.get("size") or model.default_size
-    return brought(prompts, pictures, size)
+    return brought(wanted, pictures, size)
 
 
 def brought(
@@ -151,35 +189,6 @@ def similarity(
     return F.cosine_similarity(x.flatten(1).float(), y.flatten(1).float())
 
 
-def controlled(
-    attack: Any, prompts: PromptSet, target: Target, control: Target, **settings: Any
-) -> tuple[PromptSet, PromptSet]:
-    """An attack below the level of words on a target, and the same on one that never knew.
-
-    The injection control: both searches aim at the same pictures, made by the undefended target,
-    with the same budget and seeds. What also succeeds on a model that has never known the concept
-    was taught by the search, not recalled; report the first rate minus the second.
-
-    Args:
-        attack: One with the setting `undefended`.
-        prompts: What is attacked.
-        target: The defended model.
-        control: A model of the same family that never knew the concept.
-        settings: As for calling the attack.
-
-    Returns:
-        Prompts to paint with the target, and prompts to paint with the control.
-    """
-    if not isinstance(attack, Attack) or not hasattr(attack, "undefended"):
-        raise BadInput(f"{type(attack).__name__} aims at no pictures, so it has no such control.")
-    seen = settings.get("transfer_from") or target
-    teacher = attack.undefended or model_of(seen)
-    same: Any = replace(attack, undefended=teacher)  # type: ignore[call-arg]
-    return same(prompts, target, **settings), same(
-        prompts, control, **{**settings, "transfer_from": None}
-    )
-
-
 def _brought(pictures: Pictures, name: str, size: tuple[int, int]) -> Float[Tensor, "3 h w"]:
     if not isinstance(pictures, Mapping):
         for suffix in _SUFFIXES:
@@ -196,6 +205,13 @@ def _brought(pictures: Pictures, name: str, size: tuple[int, int]) -> Float[Tens
             "expected (3, height, width)."
         )
     return _sized(image[None].float(), size)[0]
+
+
+def _save(image: Float[Tensor, "3 height width"], path: Path) -> None:
+    """A picture in a file, whole or not at all."""
+    pixels = (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    with replaced_file(path) as fresh:
+        Image.fromarray(pixels).save(fresh, "PNG")
 
 
 def _read(path: Path, size: tuple[int, int]) -> Float[Tensor, "3 height width"]:

@@ -120,9 +120,12 @@ class UnlearnDiffAtk(Attack):
 
     def _search(self, run: _Run) -> None:
         model, search = run.search.model, run.search
-        images = targets(run.prompts, search, self.pictures, self.undefended)
+        there = list(run.active)  # those that succeed as they are need no picture
+        images = targets(run.prompts, search, self.pictures, self.undefended, there)
         with torch.no_grad():
-            z = model.encode_images(images)
+            seen = model.encode_images(images)
+        z = seen.new_zeros(len(run.prompts), *seen.shape[1:])
+        z[there] = seen
         table = run.words.table(model)
         p = self.first(len(z), len(run.words), search.rng).to(z.device).requires_grad_()
         adam = torch.optim.Adam([p], lr=self.lr, weight_decay=self.decay)
@@ -136,7 +139,7 @@ class UnlearnDiffAtk(Attack):
                 each.sum().backward()
                 adam.step()
                 with torch.no_grad():
-                    p.copy_(simplex(p))
+                    p[rows] = simplex(p[rows])
                 search.record(loss=each.mean().item(), t=t.item())
                 search.step()
                 if search.over:

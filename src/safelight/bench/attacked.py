@@ -59,6 +59,10 @@ class Assault:
         return {
             **of_attack(self.name, self.attack),
             "judge": self.judge.name if self.judge else "",
+            "judge_threshold": self.judge.threshold if self.judge else None,
+            "judge_groups": {k: list(v) for k, v in self.judge.groups.items()}
+            if self.judge
+            else {},
             "seed": self.seed,
             "transfer": self.transfer,
         }

@@ -11,6 +11,7 @@ from math import isfinite
 from typing import Any
 
 from safelight.flow import Record, Value
+from safelight.metric.asr import REPLAY
 from safelight.metric.base import PROTECTED, Metric, Profile
 from safelight.names import find, table
 
@@ -29,11 +30,36 @@ def figures(settings: Mapping[str, Any], records: Sequence[Record]) -> list[dict
     rows = []
     for prompts in settings["prompts"]:
         mine = [record for record in records if record.prompts == prompts["name"]]
+        plain = [record for record in mine if record.attack == REPLAY]
         for attack, attacked in _by_attack(mine):
             for metric, profile in _asked(metrics, profiles):
-                for row in _rows(metric, profile, attacked):
+                both = metric.compares and attack != REPLAY
+                for row in _rows(metric, profile, plain + attacked if both else attacked):
                     rows.append({**row, "prompts": prompts["name"], "attack": attack})
     return [{**row, **_protection(settings, row["arm"])} for row in rows]
+
+
+def before_and_after(
+    settings: Mapping[str, Any], plain: Sequence[Record], attacked: Sequence[Record], arm: str
+) -> list[dict[str, Any]]:
+    """What an attack found beyond the plain prompts, where two runs hold them.
+
+    Args:
+        settings: `run.json` of the attack's run.
+        plain: Rows of the prompts as they are.
+        attacked: Rows of one attack on the same prompts, or on some of them.
+        arm: The arm that both are about.
+    """
+    plain = [record for record in plain if record.attack == REPLAY and record.arm == arm]
+    attacked = [record for record in attacked if record.attack != REPLAY and record.arm == arm]
+    metrics = [kind for kind in (find("metric", name) for name in table("metric")) if kind.compares]
+    return [
+        {**row, "prompts": prompts["name"], "attack": attack, **_protection(settings, arm)}
+        for prompts in settings["prompts"]
+        for attack, mine in _by_attack(attacked)
+        for metric, profile in _asked(metrics, [Profile.of(judge) for judge in settings["judges"]])
+        for row in _rows(metric, profile, [*plain, *mine])
+    ]
 
 
 def _by_attack(records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:

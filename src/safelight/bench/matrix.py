@@ -3,6 +3,7 @@
     DIR/suite.json                      what was asked for
     DIR/patches/<row>                   patches that rows made for themselves
     DIR/base/<model>/<set>              the untouched model's pictures, painted once for all rows
+    DIR/pictures                        benign pictures that attacks on weights learn from
     DIR/cells/<row>/<column>            one run per cell; `cell.json` says that it is done
     DIR/leaderboard.json                all figures that exist so far
 
@@ -27,6 +28,7 @@ from safelight.attack.base import Attack, Budget
 from safelight.bench import attacked
 from safelight.bench import records as written
 from safelight.bench.attacked import slug
+from safelight.bench.figures import before_and_after
 from safelight.bench.run import Progress, Run, evaluate
 from safelight.bench.suite import Column, Method, Row, Suite
 from safelight.errors import BadInput, NotFound, SafelightError, unknown
@@ -104,6 +106,7 @@ class Bench:
     tell: Callable[[str], None] = lambda line: None
     progress: bool | Progress = False
     _models: dict[str, TextToImage] = field(default_factory=dict, repr=False)
+    _compared: dict[Path, list[dict[str, Any]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.out = Path(self.out)
@@ -205,6 +208,9 @@ class Bench:
             if not cell.row.protects:
                 return base.relative_to(self.out)
         attacks = {column.attack.label: attack_of(column.attack)} if column.attack else {}
+        for attack in attacks.values():
+            if getattr(attack, "store", "") is None:  # shared by all cells
+                attack.store = str(self.out / "pictures")  # type: ignore[attr-defined]
         patches = [Patch.load(path) for path in cell.row.patches]
         guards = [guard_of(guard) for guard in cell.row.guards]
         learnt = self._aligned(cell.row, model) if cell.row.align else None
@@ -392,7 +398,22 @@ class Bench:
         values = [row for row in run.values if row["arm"] == arm]
         shared = self._base_folder(cell.row.model, cell.column)
         base = {} if cell.column.attack else {"base": str(shared.relative_to(self.out))}
-        return {**known, "run": noted["run"], **base, "arm": arm, "values": values}
+        return {**known, "run": noted["run"], **base, "arm": arm,
+                "values": values + self._beyond_replay(cell, run, arm)}  # fmt: skip
+
+    def _beyond_replay(self, cell: Cell, run: Run, arm: str) -> list[dict[str, Any]]:
+        """What an attack found beyond the plain prompts, where the row's replay of them is done."""
+        column = replace(cell.column, attack=None)
+        noted = self._noted(Cell(cell.row, column, self._folder(cell.row, column)))
+        if cell.column.attack is None or column not in self.suite.columns or noted is None:
+            return []
+        if noted["state"] != "done":
+            return []
+        if run.folder not in self._compared:  # reading rows takes longer than all else here
+            plain = Run(self.out / noted["run"])
+            found = before_and_after(run.settings, plain.records, run.records, arm)
+            self._compared[run.folder] = found
+        return self._compared[run.folder]
 
 
 # Methods from a suite's tables

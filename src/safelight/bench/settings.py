@@ -82,7 +82,7 @@ def of_attack(name: str, attack: Attack) -> dict[str, Any]:
     settings = {
         field.name: getattr(attack, field.name)
         for field in dataclasses.fields(attack)
-        if field.name != "budget"
+        if field.name != "budget" and not field.metadata.get("place")
     }
     return {
         "name": name,

@@ -289,14 +289,30 @@ def _columns(given: Any, path: Path, i: int) -> list[Column]:
     one = _table(given, where)
     _keys(one, _COLUMN, where, need=("prompts",))
     attacks = [
-        _method("attack", a, f"{where}, attacks")
-        for a in _sequence(one.get("attacks", [REPLAY]), where)
+        attack
+        for given in _sequence(one.get("attacks", [REPLAY]), where)
+        for attack in _controls(given, f"{where}, attacks")
     ]
     prompts = [_prompts(name, path, where) for name in _words(one["prompts"], f"{where}, prompts")]
     return [
         Column(prompts=name, attack=None if attack.name == REPLAY else attack)
         for name in prompts
         for attack in attacks
+    ]
+
+
+def _controls(given: Any, where: str) -> list[Method]:
+    """An attack, and the same once more for each of its `controls`."""
+    one = dict(given) if isinstance(given, dict) else {"name": given}
+    controls = _words(one.pop("controls", []), f"{where}, controls")
+    attack = _method("attack", one, where)
+    return [attack] + [
+        replace(
+            attack,
+            label=f"{attack.label}, {control}",
+            settings={**attack.settings, "control": control},
+        )
+        for control in controls
     ]
 
 

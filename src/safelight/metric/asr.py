@@ -166,6 +166,7 @@ class _Search(_Success):
     """Records of the prompts a search started from, and of what it made of them, together."""
 
     arms: ClassVar[tuple[str, ...]] = ("base", PROTECTED)
+    compares: ClassVar[bool] = True
     counts_after: ClassVar[bool]
 
     def applies(self, records: Sequence[Record]) -> bool:

@@ -143,6 +143,8 @@ class Metric(ABC):
     """The arms it is computed for; a paired figure has only "protected"."""
     judged: ClassVar[bool] = True
     """False if the figure does not depend on the judge."""
+    compares: ClassVar[bool] = False
+    """True if it sees an attack's records beside those of the plain prompts."""
 
     profile: Profile
     arm: str = PROTECTED

@@ -221,8 +221,12 @@ class TextToImage(ABC):
             return (ids, mask), self.read(encoder, ids, mask)
         rows: list[Sequence[int]] = [()] * len(prompts)
         values = []
+        written = {  # searches read one text many times
+            key: write(self.tokenizers[encoder], *key, self.tokens[encoder])
+            for key in {(prompts[i], len(learnt)) for i, learnt in own.items()}
+        }
         for i, learnt in own.items():
-            seen = write(self.tokenizers[encoder], prompts[i], len(learnt), self.tokens[encoder])
+            seen = written[prompts[i], len(learnt)]
             ids[i] = torch.tensor(seen.ids, device=ids.device)
             mask[i] = (torch.arange(len(seen.ids), device=mask.device) < seen.content).to(mask)
             rows[i] = seen.at

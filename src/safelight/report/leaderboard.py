@@ -90,6 +90,11 @@ class Cell:
     def attack(self) -> str:
         return self.column["attack"]["label"] if self.column["attack"] else REPLAY
 
+    @property
+    def is_control(self) -> bool:
+        """Whether the attack is a control: what a search has to beat, and no attack itself."""
+        return control_of(self.column) is not None
+
     @cached_property
     def records(self) -> list[Record]:
         """Its rows."""
@@ -124,7 +129,9 @@ class Cell:
     @property
     def heat(self) -> str:
         """How much of the warning colour it gets, in per cent."""
-        return f"{75 * self.unsafe['value']:.0f}%" if self.unsafe else "0%"
+        if self.is_control or not self.unsafe:
+            return "0%"
+        return f"{75 * self.unsafe['value']:.0f}%"
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +204,16 @@ class Board:
                 return self.cells[cell.row["name"], column["name"]]
         return None
 
+    def controls(self, cell: Cell) -> list[tuple[str, Row, Value | None]]:
+        """An attack's controls in the same row: (name, unsafe rate, attack minus control)."""
+        found = []
+        for column in self.columns:
+            name = control_of(column)
+            other = self.cells[cell.row["name"], column["name"]]
+            if name and other.unsafe and _same_search(cell.column, column):
+                found.append((name, other.unsafe, _beyond(cell, other)))
+        return found
+
     def lift(self, cell: Cell) -> Value | None:
         """How many more unsafe pictures an attack finds on the same prompts and noise."""
         plain = self.replay(cell)
@@ -210,6 +227,36 @@ class Board:
         ]
         found = drop(answers)
         return found if found.n else None
+
+
+def control_of(column: Row) -> str | None:
+    """Which control of an attack a column runs; None if it runs the attack itself, or none."""
+    name = (column["attack"] or {}).get("settings", {}).get("control", "none")
+    return None if name == "none" else name
+
+
+def _same_search(attack: Row, control: Row) -> bool:
+    """Whether a column is the control of another: nothing but `control` differs."""
+    if attack["label"] != control["label"] or not attack["attack"] or control_of(attack):
+        return False
+
+    def asked(column: Row) -> tuple[Any, ...]:
+        method = column["attack"]
+        settings = {k: v for k, v in method["settings"].items() if k != "control"}
+        return method["name"], settings, method["budget"]
+
+    return asked(attack) == asked(control)
+
+
+def _beyond(cell: Cell, control: Cell) -> Value | None:
+    """The rate of an attack minus that of its control, over the same prompts and noise."""
+    there = {(r.parent, r.seed): control.profile.unsafe(r) for r in control.records}
+    found = drop(
+        (r.parent, cell.profile.unsafe(r), there[r.parent, r.seed])
+        for r in cell.records
+        if r.parent is not None and (r.parent, r.seed) in there
+    )
+    return found if found.n else None
 
 
 @dataclass(frozen=True)
@@ -244,7 +291,7 @@ def lines(board: Board) -> list[Line]:
         added, aligned = _added(board, row), _aligned(board, row)
         cells = [
             _worst_cell(plain),
-            _worst_cell(attacked),
+            _worst_cell(attacked, board),
             (
                 summary.Cell() if fidelity is None else summary.printed(fidelity),
                 None if fidelity is None else fidelity["value"],
@@ -275,7 +322,7 @@ def doubts(board: Board, row: Row) -> list[str]:
                 f"{cell.column['name']}: only {figure['n']} pictures could be judged "
                 f"(at least {board.about['minimum']} are asked for)"
             )
-        lift = board.lift(cell) if row["protects"] else None
+        lift = board.lift(cell) if row["protects"] and not cell.is_control else None
         if lift is not None and lift.value > board.about["margin"]:
             found.append(
                 f"{cell.column['name']} finds {words.share(lift.value)} points more than the "
@@ -290,18 +337,35 @@ def worst(cells: Any) -> Cell | None:
     return max(judged, key=lambda cell: cell.unsafe["value"], default=None)  # type: ignore[index]
 
 
-def _worst_cell(cell: Cell | None) -> tuple[summary.Cell, float | None]:
+def _worst_cell(cell: Cell | None, board: Board | None = None) -> tuple[summary.Cell, float | None]:
     if cell is None or cell.unsafe is None:
         return summary.Cell(), None
     where = words.set_title(cell.column["label"])
-    note = where if cell.attack == REPLAY else f"{cell.attack}, {where}"
-    return summary.printed(cell.unsafe, [note]), cell.unsafe["value"]
+    notes = [where if cell.attack == REPLAY else f"{cell.attack}, {where}"]
+    notes += [rate for rate, _ in against_controls(board, cell)] if board else []
+    return summary.printed(cell.unsafe, notes), cell.unsafe["value"]
+
+
+def against_controls(board: Board, cell: Cell) -> list[tuple[str, str]]:
+    """What stands under an attack's rate: each control's rate, and how far the attack is above."""
+    found = []
+    for name, figure, above in board.controls(cell):
+        more = ""
+        if above is not None:
+            low, high = words.share(above.low), words.share(above.high)
+            more = f"above it: {words.share(above.value)} ({low} … {high})"
+        found.append((f"control ({name}): {words.share(figure['value'])} %", more))
+    return found
 
 
 def _unsafe(board: Board, row: Row) -> list[Cell]:
-    """Cells about prompts that ask for something unsafe."""
+    """Cells about prompts that ask for something unsafe, without controls."""
     asks = any(column["categories"] for column in board.columns)
-    return [cell for cell in board.of(row) if cell.column["categories"] or not asks]
+    return [
+        cell
+        for cell in board.of(row)
+        if (cell.column["categories"] or not asks) and not cell.is_control
+    ]
 
 
 def _fidelity(board: Board, row: Row) -> Row | None:
@@ -426,7 +490,11 @@ def _strips(board: Board, cell: Cell) -> list[pictures.Strip]:
 def claims(board: Board) -> list[tuple[str, str, str, str, list[summary.Cell]]]:
     """(attack, source, claim, claimed figure, the highest measured rate of every row)."""
     found = []
-    used = {c["attack"]["label"]: c["attack"]["name"] for c in board.columns if c["attack"]}
+    used = {
+        column["attack"]["label"]: column["attack"]["name"]
+        for column in board.columns
+        if column["attack"] and not control_of(column)
+    }
     for label, name in used.items():
         card = entry("attack", name).card
         measured = []
@@ -480,6 +548,11 @@ def content(board: Board) -> dict[str, Any]:
         "incomplete": incomplete,
         "charts": [chart for chart in drawn if chart],
         "heat": heat(board),
+        "controls": {
+            (cell.row["name"], cell.column["name"]): against_controls(board, cell)
+            for cell in board.cells.values()
+        },
+        "has_controls": any(cell.is_control for cell in board.cells.values()),
         "categories": names,
         "by_category": categories,
         "evidence": evidence(board),
