@@ -247,8 +247,16 @@ def _row(given: Any, model: str, path: Path, i: int) -> Row:
 
 
 def _guard(given: Any, path: Path, where: str) -> Method:
-    """A guard; one that needs a judge names it like a suite does."""
-    method = _method("guard", given, where)
+    """A guard by its name, or by the folder of one that has learnt.
+
+    One that needs a judge names it like a suite does.
+    """
+    one = {"name": given} if isinstance(given, str) else dict(_table(given, where))
+    folder = _found(str(one.get("name", "")), path)
+    if one.get("name") not in table("guard") and Path(folder, "guard.json").is_file():
+        label = _word(one.pop("label", one.pop("name")), where)
+        return Method(name=folder, label=label, settings=one)
+    method = _method("guard", one, where)
     if "judge" not in method.settings:
         return method
     judge = _judge(method.settings["judge"], path, f"{where}, judge")
@@ -272,16 +280,6 @@ def _align(given: Any, path: Path, where: str) -> Method:
         if side in method.settings
     }
     return replace(method, settings={**method.settings, **sides})
-
-
-def _guard(given: Any, path: Path, where: str) -> Method:
-    """A guard by its name, or by the folder of one that has learnt."""
-    one = {"name": given} if isinstance(given, str) else dict(_table(given, where))
-    folder = _found(str(one.get("name", "")), path)
-    if one.get("name") in table("guard") or not Path(folder, "guard.json").is_file():
-        return _method("guard", one, where)
-    label = _word(one.pop("label", one.pop("name")), where)
-    return Method(name=folder, label=label, settings=one)
 
 
 def _columns(given: Any, path: Path, i: int) -> list[Column]:
