@@ -51,7 +51,8 @@ def test_a_folder_is_the_model_it_was_written_from(folders, tiny_model):
     model = load(str(folders[tiny_model.family]), device="cpu")
     assert model.hashes() == tiny_model.hashes()
     assert model.sampling == tiny_model.sampling
-    assert torch.equal(picture(model), picture(tiny_model))
+    # The same weights elsewhere in memory: some CPUs add up unaligned rows in another order.
+    torch.testing.assert_close(picture(model), picture(tiny_model), atol=1e-5, rtol=0)
 
 
 def test_a_live_pipeline_is_shared_not_copied(tiny_model):
