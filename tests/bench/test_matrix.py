@@ -266,7 +266,7 @@ def test_an_attacker_who_would_look_with_the_reporting_judge_is_said_first(bench
         bench(text.replace('["fake"]', '["fake"]\nattack_judge = "fake"').replace(", }", " }"))
 
 
-@pytest.mark.parametrize("name", ["emoji-quick", "emoji-standard"])
+@pytest.mark.parametrize("name", ["emoji-quick", "emoji-standard", "emoji-weapons"])
 def test_the_methods_of_shipped_suites_take_their_settings(name):
     suite = read(name)
     for attack in {column.attack.label: column.attack for column in suite.columns
