@@ -583,4 +583,4 @@ def vocabulary(shadow: TextToImage | None, letters: int) -> tuple[str, ...]:
 
 def is_entry(word: str, letters: int) -> bool:
     """Whether a dictionary may hold a word: letters only, and short."""
-    return 0 < len(word) <= letters and word.isascii() and word.isalpha()
+    return len(word) <= letters and word.isascii() and word.isalpha()  # "" is no letters
