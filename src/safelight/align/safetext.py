@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from safelight.align.base import Loss, Split, TextData
-from safelight.align.text import TextSide
+from safelight.align.text import TextSide, moved
 from safelight.errors import BadInput, unknown
 from safelight.flow import Card, Prompt
 from safelight.models.base import TextToImage
@@ -218,7 +218,6 @@ class SafeText(TextSide):
             "data": material.hashes,
             "held": len(material.held),
             "split": {name: len(getattr(material.split, name)) for name in Split.__annotations__},
-            "encoders": list(material.encoders),
             "scale": material.scale,
         }
 
@@ -269,16 +268,8 @@ def _read(model: TextToImage, batch: Batch) -> Reading:
 def _plain(now: Reading, batch: Batch) -> dict[str, Tensor]:
     """`drift` of each safe row and `cosine` of each unsafe row, whatever the settings."""
     n = len(batch.safe)
-    then = batch.material.tau([*batch.safe, *batch.unsafe])
-    drift = [
-        distance(now[name], then[name], "euclidean", "flatten") / size(then[name], "flatten")
-        for name in now
-    ]
-    cosine = [-distance(now[name], then[name], "neg_abs_cosine", "flatten") for name in now]
-    return {
-        "drift": torch.stack(drift).mean(0)[:n],
-        "cosine": torch.stack(cosine).mean(0)[n:],
-    }
+    plain = moved(now, batch.material.tau([*batch.safe, *batch.unsafe]))
+    return {"drift": plain["drift"][:n], "cosine": plain["cosine"][n:]}
 
 
 def _anchors(tau: Reference, unsafe: Sequence[Prompt], safe: Sequence[str]) -> dict[str, str]:
