@@ -35,8 +35,8 @@ class Distortion(TextSide):
 
     Args:
         concepts: One prompt per unsafe category that names its concept, in the order in which the
-            data first mentions the categories; or one for all of them. () takes the categories'
-            own names.
+            data first mentions the categories; or one for all of them. () takes what the data says
+            is unsafe about them (its column `unsafe_objects`), else the categories' own names.
         lam: The paper's lambda: weight of holding safe prompts against moving unsafe ones.
         alpha_n: The paper's alpha: how far targets are taken off the concept, as a norm of a
             CLIP-L reading; other encoders get the same share of their readings' norm.
@@ -70,7 +70,7 @@ class Distortion(TextSide):
     def gather(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
         """The split, the original reading of every prompt, directions and targets."""
         split, encoders = data.split(seed), self.chosen(model)
-        concepts = named(data.categories(), self.concepts)
+        concepts = named(data.unsafe_prompts(), self.concepts)
         unsafe = (*split.unsafe, *split.unsafe_check)
         safe = (*split.safe, *split.safe_check)
         tau = remember(model, ["", *concepts.values(), *texts(safe), *texts(unsafe)], encoders)
@@ -281,28 +281,40 @@ def farthest(
     return torch.cat(found)
 
 
-def named(categories: Sequence[str], concepts: Sequence[str]) -> dict[str, str]:
+def named(unsafe: Sequence[Prompt], concepts: Sequence[str]) -> dict[str, str]:
     """The concept prompt of each category.
 
     Raises:
         BadInput: A category has none.
     """
+    categories = tuple(dict.fromkeys(prompt.category for prompt in unsafe))
     if len(concepts) == 1:
         return dict.fromkeys(categories, concepts[0])
-    if concepts:
-        if len(concepts) != len(categories):
-            raise BadInput(
-                f"concepts names {len(concepts)} ({', '.join(concepts)}) for {len(categories)} "
-                f"categories ({', '.join(c or 'none' for c in categories)}); give one for all or "
-                "one for each, in this order."
-            )
-        return dict(zip(categories, concepts, strict=True))
-    if "" in categories:
+    if not concepts:
+        return {category: _own(category, unsafe) for category in categories}
+    if len(concepts) != len(categories):
         raise BadInput(
-            "some unsafe prompts have no category, so their concept has no name; fill the column "
-            "'category', or name the concept: concepts=('...',), --set concepts=WORD."
+            f"concepts names {len(concepts)} ({', '.join(concepts)}) for {len(categories)} "
+            f"categories ({', '.join(c or 'none' for c in categories)}); give one for all or "
+            "one for each, in this order."
         )
-    return {category: category.replace("_", " ").replace("-", " ") for category in categories}
+    return dict(zip(categories, concepts, strict=True))
+
+
+def _own(category: str, unsafe: Sequence[Prompt]) -> str:
+    """What the data itself calls a category's concept.
+
+    Its objects serve better than its name where there are any: a small encoder may never have read
+    the name ("gore"), and the objects tell unsafe prompts from safe ones in every category.
+    """
+    columns = (p.meta.get("unsafe_objects", "") for p in unsafe if p.category == category)
+    objects = dict.fromkeys(name for column in columns for name in column.split("|") if name)
+    if objects or category:
+        return ", ".join(objects) or category.replace("_", " ").replace("-", " ")
+    raise BadInput(
+        "some unsafe prompts have no category, so their concept has no name; fill the column "
+        "'category', or name the concept: concepts=('...',), --set concepts=WORD."
+    )
 
 
 def in_clip_units(family: str, piece: Piece, scale: float) -> float:

@@ -30,6 +30,7 @@ Needs what DES needs, and more than K safe prompts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -141,7 +142,7 @@ class SAGE(Distortion):
             return material.n[name].states.flatten(1)
         return material.n_hat[name]
 
-    def objective(self, terms: dict[str, Any]) -> Any:
+    def objective(self, terms: Mapping[str, Any]) -> Any:
         """L_DES + esp * L_ESP + lsa * L_LSA."""
         geometry = self.esp * terms.get("L_ESP", 0.0) + self.lsa * terms.get("L_LSA", 0.0)
         return super().objective(terms) + geometry

@@ -37,10 +37,9 @@ class TextData:
         """The SHA-256 of each prompt set by its name."""
         return {one.name: one.sha256 for one in self.sets()}
 
-    def categories(self) -> tuple[str, ...]:
-        """The unsafe prompts' categories, in the order in which they first occur."""
-        found = (prompt.category for one in _several(self.unsafe) for prompt in one.prompts)
-        return tuple(dict.fromkeys(found))
+    def unsafe_prompts(self) -> tuple[Prompt, ...]:
+        """All prompts to change, in the order of the sets."""
+        return tuple(prompt for one in _several(self.unsafe) for prompt in one.prompts)
 
     def split(self, seed: int) -> Split:
         """Training and validation prompts.
