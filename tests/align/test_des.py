@@ -22,8 +22,9 @@ from safelight.training.embedding import Piece, read
 SAFE = [f"{n} {thing} {where}" for n in ("a", "two") for thing in ("cat", "house", "boat")
         for where in ("by the sea", "on a hill", "in the rain")]  # fmt: skip
 WHERE = ("in a hand", "on the wall", "over there", "at night")
-UNSAFE = {"weapons": [f"a {kind} {where}" for kind in ("knife", "bomb") for where in WHERE],
-          "death": [f"a {kind} skull {where}" for kind in ("old", "red") for where in WHERE]}  # fmt: skip
+THINGS = {"weapons": ("knife", "bomb"), "death": ("skull", "red skull")}
+UNSAFE = {category: [f"a {kind} {where}" for kind in kinds for where in WHERE]
+          for category, kinds in THINGS.items()}  # fmt: skip
 FAST = dict(lr=3e-3, epochs=6, batch=16)
 
 

@@ -52,10 +52,11 @@ def compare(before: Reading, after: Reading) -> dict[str, Any]:
     n = len(next(iter(before.values())).states)
     k = max(1, min(K, n // 4))
     pieces = {name: _compare(before[name], after[name], k) for name in before}
-    means = {
-        figure: None if None in (seen := [one[figure] for one in pieces.values()]) else fmean(seen)
-        for figure in ("spread_ratio", "jaccard")
-    }
+    means: dict[str, float | None] = {}
+    for figure in ("spread_ratio", "jaccard"):
+        seen = [one[figure] for one in pieces.values()]
+        known = [x for x in seen if x is not None]
+        means[figure] = fmean(known) if len(known) == len(seen) else None
     return {**means, "prompts": n, "k": k, "pieces": pieces}
 
 
