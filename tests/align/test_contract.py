@@ -22,6 +22,7 @@ from safelight.prompts import PromptSet
 COMMON = dict(lr=3e-3, epochs=4, batch=16, patience=0, anneal=False, warmup=0)
 """Small settings, of which a method takes those that it has."""
 SMALL = {
+    "haven": dict(variants=0),
     "safetext": dict(lead=0, variants=0, lam=1.0),
     "sage": dict(k=4),
 }

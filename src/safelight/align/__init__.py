@@ -2,6 +2,7 @@
 
 TABLE = {
     "des": "safelight.align.des:DES",
-    "sage": "safelight.align.sage:SAGE",
+    "haven": "safelight.align.haven:Haven",
     "safetext": "safelight.align.safetext:SafeText",
+    "sage": "safelight.align.sage:SAGE",
 }
