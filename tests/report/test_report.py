@@ -86,6 +86,26 @@ def test_cost_stands_beside_quality(runs):
     }
 
 
+def test_what_is_left_of_the_geometry_stands_beside_the_cost(tmp_path):
+    run = write_run(tmp_path / "run", size=4, unjudged=0)
+    settings = json.loads((run / "run.json").read_text())
+    settings["patches"][0]["info"] |= {
+        "geometry": {"spread_ratio": 0.912, "jaccard": 0.643, "prompts": 100, "k": 15},
+        "encoders": ["clip_g"],
+        "untouched": ["clip_l"],
+    }
+    (run / "run.json").write_text(json.dumps(settings))
+    (one,) = read_all([run])
+    cost = dict(summary.cost(one))
+    assert cost["safe spread"] == "× 0.91" and cost["safe neighbours kept"] == "64 %"
+    assert cost["only"] == "clip_g"
+    Report([run]).html(tmp_path / "report.html")
+    assert "safe neighbours kept" in (tmp_path / "report.html").read_text()
+    settings["patches"][0]["info"]["geometry"] |= {"spread_ratio": None, "jaccard": None}
+    (run / "run.json").write_text(json.dumps(settings))
+    assert "safe spread" not in dict(summary.cost(*read_all([run])))
+
+
 def test_pictures_that_could_not_be_judged_are_counted(tmp_path):
     run = write_run(tmp_path / "run", size=6, unjudged=0.5)
     Report([run]).html(tmp_path / "report.html")

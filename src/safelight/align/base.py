@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from safelight.errors import Unsupported
 from safelight.flow import Card
 from safelight.models.base import TextToImage
 from safelight.models.patch import Patch
@@ -46,9 +47,15 @@ class Trained(Descent, Alignment):
             watch: Called after each step.
 
         Raises:
+            Unsupported: The method is not for this family.
             BadInput: The data cannot be learnt from.
             WorkFailed: The loss is no longer a number.
         """
+        if model.family not in self.card.families:
+            raise Unsupported(
+                f"{method_name(self)} supports {', '.join(self.card.families)}; {model.name} is "
+                f"{model.family}."
+            )
         meter = Meter(model.device)
         material = self.gather(model, data, seed=seed)
         return self.train(model, material, seed=seed, watch=watch, meter=meter)

@@ -32,7 +32,7 @@ Needs two lists of prompts and gradients of the text encoder; no pictures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
@@ -40,11 +40,12 @@ import torch
 from torch import Tensor
 
 from safelight.align.base import Loss, Split, TextData
-from safelight.align.text import TextSide
+from safelight.align.text import TextSide, moved
 from safelight.errors import BadInput, unknown
-from safelight.flow import Card, Prompt
+from safelight.flow import Card
 from safelight.models.base import TextToImage
 from safelight.training.augment import exchanged, vocabulary
+from safelight.training.counterparts import destinations, harmless
 from safelight.training.data import shuffled, texts
 from safelight.training.embedding import (
     Distance,
@@ -56,8 +57,6 @@ from safelight.training.embedding import (
     size,
 )
 from safelight.training.weights import Loan
-
-SUSPECT = 0.2  # share of the variants that is not held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +124,12 @@ class SafeText(TextSide):
         pairs = exchanged(texts(split.safe) * self.variants, words, rng)
         everything = ["", *texts((*split.safe, *split.safe_check, *unsafe)), *counterparts]
         tau = remember(model, [*everything, *(new for _, new in pairs)], encoders)
-        extra = _harmless(tau, pairs, texts(split.unsafe))
+        extra = harmless(tau, pairs, texts(split.unsafe))
         scale = {
             name: size(p, self.reduction).mean().item()
             for name, p in tau(["", *texts(split.safe)]).items()
         }
-        anchors = _anchors(tau, unsafe, texts(split.safe)) if self.anchor or self.lead else {}
+        anchors = destinations(tau, unsafe, texts(split.safe)) if self.anchor or self.lead else {}
         held = (*texts(split.safe), *extra)
         return Material(split, held, tau, anchors, scale, encoders, data.hashes())
 
@@ -218,7 +217,6 @@ class SafeText(TextSide):
             "data": material.hashes,
             "held": len(material.held),
             "split": {name: len(getattr(material.split, name)) for name in Split.__annotations__},
-            "encoders": list(material.encoders),
             "scale": material.scale,
         }
 
@@ -269,30 +267,5 @@ def _read(model: TextToImage, batch: Batch) -> Reading:
 def _plain(now: Reading, batch: Batch) -> dict[str, Tensor]:
     """`drift` of each safe row and `cosine` of each unsafe row, whatever the settings."""
     n = len(batch.safe)
-    then = batch.material.tau([*batch.safe, *batch.unsafe])
-    drift = [
-        distance(now[name], then[name], "euclidean", "flatten") / size(then[name], "flatten")
-        for name in now
-    ]
-    cosine = [-distance(now[name], then[name], "neg_abs_cosine", "flatten") for name in now]
-    return {
-        "drift": torch.stack(drift).mean(0)[:n],
-        "cosine": torch.stack(cosine).mean(0)[n:],
-    }
-
-
-def _anchors(tau: Reference, unsafe: Sequence[Prompt], safe: Sequence[str]) -> dict[str, str]:
-    """Each unsafe prompt's safe counterpart: its own, else the nearest safe training prompt."""
-    lost = [prompt.text for prompt in unsafe if not prompt.safe_prompt]
-    near = dict(zip(lost, tau.nearest(lost, safe), strict=True)) if lost else {}
-    return {prompt.text: prompt.safe_prompt or near[prompt.text] for prompt in unsafe}
-
-
-def _harmless(tau: Reference, pairs: Sequence[tuple[str, str]], unsafe: Sequence[str]) -> list[str]:
-    """The variants, without the share that came nearest to unsafe prompts by the exchange."""
-    if not pairs:
-        return []
-    new = tau.likeness([variant for _, variant in pairs], unsafe).amax(1)
-    old = tau.likeness([original for original, _ in pairs], unsafe).amax(1)
-    kept = (new - old).argsort()[: round((1 - SUSPECT) * len(pairs))]
-    return [pairs[i][1] for i in sorted(kept.tolist())]
+    plain = moved(now, batch.material.tau([*batch.safe, *batch.unsafe]))
+    return {"drift": plain["drift"][:n], "cosine": plain["cosine"][n:]}

@@ -105,13 +105,37 @@ def _print(method: str, info: Mapping[str, Any]) -> None:
         "L_u": "L_u (hold safe)",
         "L_e": "L_e (move unsafe)",
         "L_a": "L_a (unsafe to its anchor)",
+        "L_s": "L_s (hold safe)",
+        "L_n": 'L_n (concept to "")',
+        "L_0": 'L_0 (hold "")',
+        "L_ESP": "L_ESP (spread of safe prompts)",
+        "L_LSA": "L_LSA (structure of safe prompts)",
     }
+    if "L_s" in kept:  # DES calls L_u what SafeText calls L_e
+        words["L_u"] = "L_u (move unsafe)"
     shown = [key for key in kept if key not in ("epoch", "lam")]
     for key in sorted(shown, key=lambda key: [*words, key].index(key)):
         grid.add_row(words.get(key, key), f"{first[key]:.3f}", f"{kept[key]:.3f}")
+    for text, figure in _geometry(info):
+        grid.add_row(text, "1.000", figure)
     out().print(grid)
+    if info.get("untouched"):
+        say(
+            f"trained {', '.join(info['encoders'])} only; {', '.join(info['untouched'])} is as it "
+            "was, and unsafe prompts still reach the denoiser through it"
+        )
     cost = info["cost"]
     say(
         f"{cost['parameters']:,} parameters in {cost['seconds']:.1f} s; kept epoch "
         f"{kept['epoch']} ({info['stopped']['why']})"
     )
+
+
+def _geometry(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is left of how held-out safe prompts lie to each other."""
+    seen = info.get("geometry", {})
+    words = {
+        "spread_ratio": "safe prompts: spread, against before",
+        "jaccard": f"safe prompts: same {seen.get('k')} neighbours",
+    }
+    return [(text, f"{seen[key]:.3f}") for key, text in words.items() if seen.get(key) is not None]

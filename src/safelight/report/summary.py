@@ -243,11 +243,23 @@ def cost(run: Run) -> list[tuple[str, str]]:
             ("peak memory", words.megabytes(max(total["peak_memory_mb"], default=None))),
             ("parameters", words.count(sum(total["parameters"]) or None)),
         ]
+    lines += _geometry(run)
     added = run.cost.get("added_ms_per_picture")
     if words.number(added):
         sign = "+" if added >= 0 else words.MINUS
         lines.append(("per picture", f"{sign}{abs(added):.1f} ms"))
     return lines
+
+
+def _geometry(run: Run) -> list[tuple[str, str]]:
+    """What the patches of a text encoder left of how harmless prompts lie to each other."""
+    seen = [patch["info"].get("geometry", {}) for patch in run.patches]
+    spread = [one["spread_ratio"] for one in seen if words.number(one.get("spread_ratio"))]
+    kept = [one["jaccard"] for one in seen if words.number(one.get("jaccard"))]
+    lines = [("safe spread", f"× {x:.2f}") for x in spread]
+    lines += [("safe neighbours kept", f"{words.share(x, 0)} %") for x in kept]
+    alone = [patch["info"] for patch in run.patches if patch["info"].get("untouched")]
+    return lines + [("only", ", ".join(one["encoders"])) for one in alone]
 
 
 @dataclass(frozen=True)

@@ -80,14 +80,15 @@ class Reference:
 
     def now(self, model: TextToImage, prompts: Sequence[str]) -> dict[str, Piece]:
         """The readings of the same prompts with the weights that the model has now."""
+        return read(model, self.tokens_of(prompts))
+
+    def tokens_of(self, prompts: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Ids and masks by encoder of some prompts."""
         rows = self._rows(prompts)
-        return read(
-            model,
-            {
-                name: (ids[rows].to(self.device), mask[rows].to(self.device))
-                for name, (ids, mask) in self.tokens.items()
-            },
-        )
+        return {
+            name: (ids[rows].to(self.device), mask[rows].to(self.device))
+            for name, (ids, mask) in self.tokens.items()
+        }
 
     def nearest(self, prompts: Sequence[str], among: Sequence[str]) -> list[str]:
         """For each prompt the one of `among` whose reading has the highest cosine to its own."""

@@ -1,0 +1,249 @@
+"""Haven: every unsafe prompt gets a safe place to go, also when somebody pushes it elsewhere.
+
+Our own recipe for the text encoder, of parts that others have shown to matter. With `tau` the
+original encoder, `tau_s` the trained one, `p` an unsafe prompt, `p'` its safe counterpart, D_s safe
+prompts with "" among them, and `d` the Euclidean distance in units of a safe reading's mean norm:
+
+    L_d = mean over D_u of d(tau_s(p), tau(p'))                         destination
+    L_w = mean over D_u of d(tau_s(p + delta), tau(p')),                worst case
+          delta = argmin over |delta_i| <= r of d(tau_s(p + delta), tau(p))
+    L_h = mean over D_s of d(tau_s(p), tau(p))                          hold
+    L_s = max(0, S(tau(D_s)) - S(tau_s(D_s)))                           spread
+
+    min over the layers of tau_s of   L_d + worst * L_w + hold * L_h + spread * L_s
+
+- *Destination.* Different is not safe (the first objection to SafeText): where an unsafe prompt
+  goes is said, not left open. Sources: Safe-CLIP, arXiv:2311.16254; DES, arXiv:2501.18877.
+- *Layers only.* The embedding tables stay as they are. A table that may change learns the words on
+  the list; layers alone must learn what the words mean, and carry it over to words of the same
+  meaning that no list names. Of all parts this one does most for paraphrases.
+- *Worst case.* Pushes of the words' embeddings that bring the *trained* encoder nearest to the old
+  reading, found anew at every step (AdvUnlearn, arXiv:2405.15234, does so through the denoiser).
+- *Hold and spread.* Safe prompts, and variants of them with random words of the tokenizer's
+  vocabulary but for those that come near unsafe prompts, stay where they were, and as far apart
+  (SAGE, arXiv:2607.00402). "" is in every batch: classifier-free guidance asks for it.
+
+Source: this project. All categories are learnt at once. Needs two lists of prompts and gradients of the text encoder; no
+pictures, no denoiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from safelight.align.base import Loss, Split, TextData
+from safelight.align.text import Scope, TextSide, moved
+from safelight.errors import BadInput
+from safelight.flow import Card
+from safelight.models.base import TextToImage
+from safelight.training.augment import exchanged, vocabulary
+from safelight.training.counterparts import destinations, harmless
+from safelight.training.data import shuffled, texts
+from safelight.training.embedding import Reading, Reference, distance, read, remember, size
+from safelight.training.geometry import spread
+from safelight.training.worst import pushed, worst_case
+
+
+@dataclass(frozen=True, kw_only=True)
+class Haven(TextSide):
+    """Send unsafe prompts to their safe counterparts, under attack too, and hold safe ones.
+
+    Args:
+        worst: Weight of the worst case; 0 leaves it out.
+        radius: Of a token's push, in units of the mean norm of a word's embedding.
+        inner: Steps in which the worst case is looked for.
+        hold: Weight of holding safe prompts.
+        spread: Weight of keeping safe prompts apart.
+        variants: Copies of each safe prompt with one or two words exchanged for random words of the
+            tokenizer's vocabulary; they are held as well.
+    """
+
+    card: ClassVar[Card] = Card(
+        title="Haven",
+        source="this project",
+        summary="sends unsafe prompts to safe counterparts, also under attack; text encoder only",
+        needs=("prompts", "gradients"),
+    )
+
+    epochs: int = 3
+    batch: int = 64
+    patience: int = 0
+    scope: Scope = "layers"
+
+    worst: float = 1.0
+    radius: float = 0.3
+    inner: int = 1
+    hold: float = 2.0
+    spread: float = 1.0
+    variants: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("worst", "radius", "hold", "spread"):
+            if getattr(self, name) < 0:
+                raise BadInput(f"{name} must be at least 0, not {getattr(self, name)}.")
+        if self.batch < 4:
+            raise BadInput(f"batch must be at least 4 (half safe, half unsafe), not {self.batch}.")
+        if self.inner < 1:
+            raise BadInput(f"inner must be at least 1, not {self.inner}.")
+
+    def gather(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
+        """The split, tau's reading of every prompt, and each unsafe prompt's destination."""
+        split, encoders = data.split(seed), self.chosen(model)
+        unsafe, safe = (*split.unsafe, *split.unsafe_check), texts(split.safe)
+        known = [p.safe_prompt for p in unsafe if p.safe_prompt]
+        words = vocabulary(model.tokenizers[encoders[0]])
+        rng = torch.Generator().manual_seed(seed)
+        pairs = exchanged(safe * self.variants, words, rng)
+        everything = ["", *safe, *texts((*split.safe_check, *unsafe)), *known]
+        tau = remember(model, [*everything, *(variant for _, variant in pairs)], encoders)
+        return Material(
+            split=split,
+            held=(*safe, *harmless(tau, pairs, texts(split.unsafe))),
+            tau=tau,
+            goals=destinations(tau, unsafe, safe),
+            scale={name: size(p, "flatten").mean().item() for name, p in tau(["", *safe]).items()},
+            hashes=data.hashes(),
+        )
+
+    def steps(self, material: Material) -> int:
+        """An epoch reads every unsafe prompt once."""
+        return -(-len(material.split.unsafe) // (self.batch // 2))
+
+    def batches(self, material: Material, epoch: int, rng: torch.Generator) -> Iterator[Batch]:
+        """Half unsafe and half safe prompts; "" is always among the safe ones."""
+        half, steps = self.batch // 2, self.steps(material)
+        unsafe = shuffled(texts(material.split.unsafe), half * steps, rng)
+        safe = shuffled(material.held, (half - 1) * steps, rng)
+        for i in range(steps):
+            kept = safe[i * (half - 1) : (i + 1) * (half - 1)]
+            yield Batch(("", *kept), tuple(unsafe[i * half : (i + 1) * half]), material)
+
+    def loss(self, model: TextToImage, batch: Batch, rng: torch.Generator) -> Loss:
+        """L_d + worst * L_w + hold * L_h + spread * L_s."""
+        now = batch.material.tau.now(model, (*batch.safe, *batch.unsafe))
+        terms = {name: rows.mean() for name, rows in self._plain(now, batch).items()}
+        if self.worst and self.radius:
+            terms["L_w"] = self._under_attack(model, batch, rng).mean()
+        if self.spread:
+            terms["L_s"] = self._shrunk(now, batch)
+        return Loss(self._objective(terms), {name: term.item() for name, term in terms.items()})
+
+    def _objective(self, terms: Mapping[str, Any]) -> Any:
+        weights = {"L_d": 1.0, "L_w": self.worst, "L_h": self.hold, "L_s": self.spread}
+        return sum(weights[name] * term for name, term in terms.items())
+
+    def _plain(self, now: Reading, batch: Batch) -> dict[str, Tensor]:
+        """d of every unsafe prompt to its destination, and of every safe one to itself."""
+        n, tau = len(batch.safe), batch.material.tau
+        kept = {name: piece[:n] for name, piece in now.items()}
+        sent = {name: piece[n:] for name, piece in now.items()}
+        return {
+            "L_d": batch.material.apart(sent, tau(batch.goals)),
+            "L_h": batch.material.apart(kept, tau(batch.safe)),
+        }
+
+    def _under_attack(self, model: TextToImage, batch: Batch, rng: torch.Generator) -> Tensor:
+        """d of every pushed unsafe prompt to its destination."""
+        material = batch.material
+        old, goals = material.tau(batch.unsafe), material.tau(batch.goals)
+        tokens = material.tau.tokens_of(batch.unsafe)
+        delta = worst_case(
+            model,
+            tokens,
+            lambda now: material.apart(now, old),
+            radius=self.radius,
+            steps=self.inner,
+            rng=rng,
+        )
+        with pushed(model, delta):
+            return material.apart(read(model, tokens), goals)
+
+    def _shrunk(self, now: Reading, batch: Batch) -> Tensor:
+        """What the spread of the safe prompts has lost."""
+        n, then = len(batch.safe), batch.material.tau(batch.safe)
+        each = [
+            (spread(then[name].states.flatten(1)) - spread(now[name].states[:n].flatten(1)))
+            for name in now
+        ]
+        return torch.stack(each).clamp(min=0).mean()
+
+    @torch.no_grad()
+    def check(self, model: TextToImage, material: Material) -> dict[str, float]:
+        """L_d and L_h on held-out prompts, and two figures that compare across methods."""
+        rows: dict[str, list[Tensor]] = {}
+        for batch in material.held_out():
+            now = material.tau.now(model, (*batch.safe, *batch.unsafe))
+            then = material.tau([*batch.safe, *batch.unsafe])
+            n, plain = len(batch.safe), moved(now, then)
+            found = self._plain(now, batch) | {
+                "drift": plain["drift"][:n],
+                "cosine": plain["cosine"][n:],
+            }
+            for name, part in found.items():
+                rows.setdefault(name, []).append(part)
+        figures = {name: torch.cat(parts).mean().item() for name, parts in rows.items()}
+        return {"objective": figures["L_d"] + self.hold * figures["L_h"], **figures}
+
+    def info(self, material: Material) -> dict[str, Any]:
+        """What the weights were learnt from."""
+        return {
+            "data": material.hashes,
+            "held": len(material.held),
+            "split": {name: len(getattr(material.split, name)) for name in Split.__annotations__},
+            "scale": material.scale,
+        }
+
+
+@dataclass(frozen=True)
+class Material:
+    """What stays constant while training.
+
+    Args:
+        split: Prompts to learn from and to check with.
+        held: Safe prompts to learn from, variants included.
+        tau: The original encoders' readings.
+        goals: The destination of each unsafe prompt.
+        scale: Mean norm of a safe reading, by piece.
+        hashes: SHA-256 of each prompt set.
+    """
+
+    split: Split
+    held: tuple[str, ...]
+    tau: Reference
+    goals: Mapping[str, str]
+    scale: Mapping[str, float]
+    hashes: dict[str, str]
+
+    def apart(self, now: Reading, then: Reading) -> Tensor:
+        """d of each row, averaged over the pieces."""
+        each = [
+            distance(now[name], then[name], "euclidean", "flatten") / self.scale[name]
+            for name in now
+        ]
+        return torch.stack(each).mean(0)
+
+    def held_out(self, size: int = 64) -> Iterator[Batch]:
+        """The validation prompts in batches; one side may run out before the other."""
+        safe, unsafe = ("", *texts(self.split.safe_check)), texts(self.split.unsafe_check)
+        for i in range(0, max(len(safe), len(unsafe)), size):
+            yield Batch(tuple(safe[i : i + size]), tuple(unsafe[i : i + size]), self)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Safe and unsafe prompts of one step."""
+
+    safe: tuple[str, ...]
+    unsafe: tuple[str, ...]
+    material: Material
+
+    @property
+    def goals(self) -> list[str]:
+        """Where the unsafe prompts are to go."""
+        return [self.material.goals[text] for text in self.unsafe]

@@ -1,0 +1,62 @@
+"""The worst case is worse than chance, stays in its radius, leaves marks and model alone."""
+
+import pytest
+import torch
+
+from safelight.training.embedding import distance, read, remember
+from safelight.training.worst import _norm, pushed, worst_case
+
+PROMPTS = ["a red sword", "an old steel sword in a hand"]
+
+
+@pytest.fixture(params=["sd1", "sdxl", "sd3", "flux"])
+def model(request):
+    return request.getfixturevalue(f"tiny_{request.param}")
+
+
+def setting(model):
+    tau = remember(model, [*PROMPTS, "a cat"], list(model.text_encoders))
+    goal = tau(["a cat"] * len(PROMPTS))
+
+    def far(now):
+        each = [distance(now[name], goal[name], "euclidean", "flatten") for name in now]
+        return torch.stack(each).mean(0)
+
+    return tau.tokens_of(PROMPTS), far
+
+
+def found(model, steps, radius=0.5, seed=0):
+    tokens, far = setting(model)
+    rng = torch.Generator().manual_seed(seed)
+    delta = worst_case(model, tokens, far, radius=radius, steps=steps, rng=rng)
+    with torch.no_grad(), pushed(model, delta):
+        return delta, far(read(model, tokens))
+
+
+def test_the_search_comes_nearer_to_its_goal_than_chance(model):
+    _, chance = found(model, steps=0)
+    _, worst = found(model, steps=3)
+    assert (worst < chance).all()
+
+
+def test_pushes_stay_within_the_radius_and_off_the_marks(model):
+    delta, _ = found(model, steps=3, radius=0.25)
+    tokens, _ = setting(model)
+    for name, push in delta.items():
+        ids, mask = tokens[name]
+        sizes = push.norm(dim=-1) / _norm(model, name)
+        assert sizes.max() <= 0.25 + 1e-5 and sizes.max() > 0.1
+        marks = torch.tensor(model.tokenizers[name].all_special_ids)
+        assert sizes[torch.isin(ids, marks) | (mask == 0)].max() == 0
+
+
+def test_the_model_is_left_as_it_was(model):
+    before, hashes = model.encode(PROMPTS).states, model.hashes()
+    found(model, steps=2)
+    assert torch.equal(model.encode(PROMPTS).states, before) and model.hashes() == hashes
+
+
+def test_the_same_seed_finds_the_same(model):
+    (a, _), (b, _), (c, _) = (found(model, steps=1, seed=seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
