@@ -76,7 +76,8 @@ class SafeCLIP(TextSide):
 
     Args:
         batch: Unsafe prompts per step, and as many safe ones.
-        redirect: The goal of an unsafe prompt: its own safe counterpart, or the nearest safe prompt.
+        redirect: The goal of an unsafe prompt: its own safe counterpart ("pair"), or the "nearest"
+            safe prompt.
         relative: Weight of the relative loss, in units of w_2; 0 is Safe-CLIP.
     """
 
@@ -352,8 +353,8 @@ def _tower(model: TextToImage, encoders: Sequence[str], clip: Any) -> str:
         if same:
             return name
     raise BadInput(
-        f"the CLIPModel's text tower is none of {', '.join(encoders)} of {model.name}: its pictures "
-        "would be compared with another tower's texts. Give the CLIP that the encoder came from."
+        f"the CLIPModel's text tower is none of {', '.join(encoders)} of {model.name}; its image "
+        "tower would judge another's texts. Give the CLIPModel that the encoder was taken from."
     )
 
 
