@@ -123,7 +123,13 @@ attack_judge = { name = "fake", threshold = 0.3 }""",
 
 
 def test_what_ships_is_found_by_name_and_reads():
-    assert set(shipped()) == {"emoji-quick", "emoji-standard", "emoji-weapons", "sd1-template", "sdxl-template"}
+    assert set(shipped()) == {
+        "emoji-quick",
+        "emoji-standard",
+        "emoji-weapons",
+        "sd1-template",
+        "sdxl-template",
+    }
     for size in ("quick", "standard", "full"):
         for name in ("emoji-quick", "emoji-standard", "emoji-weapons"):
             assert read(name, size).rows[0].protects is False

@@ -36,6 +36,7 @@ class TextSide(Trained):
         scope: Train "all" weights, the "layers" without embedding tables, or "lora" factors.
         rank: Rank of the LoRA factors.
         alpha: Scale of the LoRA factors; None is the rank.
+        targets: Last names of the linear layers that LoRA adapts; () is every linear layer.
     """
 
     lr: float | None = None
@@ -44,6 +45,7 @@ class TextSide(Trained):
     scope: Scope = "all"
     rank: int = 8
     alpha: float | None = None
+    targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,17 +61,21 @@ class TextSide(Trained):
                 raise BadInput(unknown("text encoder", name, model.text_encoders))
         return self.encoders or tuple(model.text_encoders)
 
+    def small(self, model: TextToImage) -> bool:
+        """Whether the encoders are far smaller than those that methods are published for."""
+        widths = [model.text_encoders[name].config.hidden_size for name in self.chosen(model)]
+        return max(widths) < 512
+
     def rate(self, model: TextToImage) -> float:
         """1e-5 as published for CLIP-L (DES, AdvUnlearn); small encoders take larger steps."""
-        widths = [model.text_encoders[name].config.hidden_size for name in self.chosen(model)]
-        return self.lr or (1e-5 if max(widths) >= 512 else 3e-4)
+        return self.lr or (3e-4 if self.small(model) else 1e-5)
 
     def lend(self, model: TextToImage, rng: torch.Generator) -> AbstractContextManager[Loan]:
         """The chosen encoders' weights."""
         encoders = self.chosen(model)
         if self.scope == "lora":
             alpha = self.alpha or float(self.rank)
-            return lora(model, encoders, rank=self.rank, alpha=alpha, rng=rng)
+            return lora(model, encoders, rank=self.rank, alpha=alpha, rng=rng, layers=self.targets)
         return full(model, encoders, embeddings=self.scope == "all")
 
     def harmless(self, material: Any) -> Sequence[str]:

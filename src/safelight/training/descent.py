@@ -61,7 +61,7 @@ class Descent(ABC):
     model, does not count as a candidate.
 
     Args:
-        epochs: Passes over the data, at most.
+        epochs: Passes over the data, at most; None leaves it to the method, by the model's size.
         batch: Prompts or pictures per step.
         lr: Learning rate of AdamW; None leaves it to the method, by the model's size.
         warmup: Steps in which the learning rate rises linearly.
@@ -71,7 +71,7 @@ class Descent(ABC):
         tolerance: Relative improvement that counts.
     """
 
-    epochs: int = 1
+    epochs: int | None = 1
     batch: int = 128
     lr: float | None = 1e-5
     warmup: int = 0
@@ -115,6 +115,10 @@ class Descent(ABC):
     def rate(self, model: TextToImage) -> float:
         """The learning rate on a model."""
         return self.lr or 1e-5
+
+    def passes(self, model: TextToImage) -> int:
+        """The number of epochs on a model."""
+        return self.epochs or 1
 
     def start(self, loan: Loan, rng: torch.Generator) -> None:  # noqa: B027  may stay empty
         """A last word before the first step."""
@@ -202,7 +206,8 @@ def _descend(
     """AdamW on the method's loss, an epoch at a time, until it stops paying."""
     parameters = list(loan.parameters.values())
     adam = torch.optim.AdamW(parameters, lr=method.rate(model), weight_decay=method.decay)
-    total = method.epochs * method.steps(material)
+    epochs = method.passes(model)
+    total = epochs * method.steps(material)
 
     def rate(done: int) -> float:
         rising = min(1.0, (done + 1) / (method.warmup + 1))
@@ -212,9 +217,9 @@ def _descend(
     history: list[dict[str, Any]] = []
     curve = [{"epoch": 0, **method.check(model, material)}]
     best, best_at, lowest = {}, 0, math.inf
-    why = f"all {method.epochs} epochs were run"
+    why = f"all {epochs} epochs were run"
 
-    for epoch in range(1, method.epochs + 1):
+    for epoch in range(1, epochs + 1):
         for batch in method.batches(material, epoch, rng):
             loss = method.loss(model, batch, rng)
             _require_number(loss, len(history) + 1)

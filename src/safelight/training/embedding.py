@@ -6,7 +6,7 @@ pooled vector where the family uses one. `distance` compares two pieces row by r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,9 +37,11 @@ class Piece:
 
 
 Reading = Mapping[str, Piece]
+Tokens = Mapping[str, tuple[Tensor, Tensor]]  # encoder -> ids, mask
+Reader = Callable[[TextToImage, Tokens], dict[str, Piece]]
 
 
-def read(model: TextToImage, tokens: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Piece]:
+def read(model: TextToImage, tokens: Tokens) -> dict[str, Piece]:
     """What the denoiser is told about some token ids; differentiable.
 
     Args:
@@ -66,12 +68,14 @@ class Reference:
         tokens: Ids and masks by encoder, so that no prompt is tokenised twice.
         pieces: The readings, on the CPU.
         device: Where they are needed.
+        reader: How they were read.
     """
 
     rows: Mapping[str, int]
-    tokens: Mapping[str, tuple[Tensor, Tensor]]
+    tokens: Tokens
     pieces: Reading
     device: torch.device
+    reader: Reader = read
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Piece]:
         """The original readings of some prompts."""
@@ -80,7 +84,7 @@ class Reference:
 
     def now(self, model: TextToImage, prompts: Sequence[str]) -> dict[str, Piece]:
         """The readings of the same prompts with the weights that the model has now."""
-        return read(model, self.tokens_of(prompts))
+        return self.reader(model, self.tokens_of(prompts))
 
     def tokens_of(self, prompts: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """Ids and masks by encoder of some prompts."""
@@ -108,14 +112,23 @@ class Reference:
 
 @torch.no_grad()
 def remember(
-    model: TextToImage, prompts: Sequence[str], encoders: Sequence[str], *, batch: int = 64
+    model: TextToImage,
+    prompts: Sequence[str],
+    encoders: Sequence[str],
+    *,
+    batch: int = 64,
+    reader: Reader = read,
 ) -> Reference:
-    """Read every distinct prompt once with the model as it is now."""
+    """Read every distinct prompt once with the model as it is now.
+
+    Args:
+        reader: What is read; by default what the denoiser is told.
+    """
     unique = list(dict.fromkeys(prompts))
     parts = []
     for i in range(0, len(unique), batch):
         tokens = {name: model.tokenize(name, unique[i : i + batch]) for name in encoders}
-        parts.append((tokens, read(model, tokens)))
+        parts.append((tokens, reader(model, tokens)))
     tokens = {
         name: (
             torch.cat([part[name][0].cpu() for part, _ in parts]),
@@ -131,7 +144,7 @@ def remember(
         for name in parts[0][1]
     }
     rows = {text: i for i, text in enumerate(unique)}
-    return Reference(rows, tokens, pieces, model.device)
+    return Reference(rows, tokens, pieces, model.device, reader)
 
 
 def distance(a: Piece, b: Piece, metric: Distance, reduction: Reduction) -> Float[Tensor, " batch"]:

@@ -79,24 +79,38 @@ def full(model: TextToImage, modules: Sequence[str], *, embeddings: bool = True)
 
 @contextmanager
 def lora(
-    model: TextToImage, modules: Sequence[str], *, rank: int, alpha: float, rng: torch.Generator
+    model: TextToImage,
+    modules: Sequence[str],
+    *,
+    rank: int,
+    alpha: float,
+    rng: torch.Generator,
+    layers: Sequence[str] = (),
 ) -> Iterator[Loan]:
-    """Lend low-rank changes of every linear layer of some modules (Hu et al., arXiv:2106.09685).
+    """Lend low-rank changes of some modules' linear layers (Hu et al., arXiv:2106.09685).
 
     The adapters are peft's. peft edits a module in place, so whoever needs the original behaviour
     while the loan lasts must have computed it before: a variable that still points at the module
     is not a frozen copy.
+
+    Args:
+        layers: Last names of the layers, such as "k_proj"; () is every linear layer.
+
+    Raises:
+        Unsupported: A module has no such layer.
     """
     with _copies(model, modules), ExitStack() as stack:
-        layers: dict[str, Any] = {}
+        wrapped: dict[str, Any] = {}
         for name in modules:
-            layers |= stack.enter_context(_adapted(name, model.modules[name], rank, alpha, rng))
+            paths = _linear(name, model.modules[name], layers)
+            adapted = _adapted(name, model.modules[name], paths, rank, alpha, rng)
+            wrapped |= stack.enter_context(adapted)
         factors = {
             f"{name}.{side}": getattr(layer, f"lora_{side}")["default"].weight
-            for name, layer in layers.items()
+            for name, layer in wrapped.items()
             for side in "AB"
         }
-        yield _LowRank(factors, layers, alpha)
+        yield _LowRank(factors, wrapped, alpha)
 
 
 @dataclass(frozen=True)
@@ -146,14 +160,16 @@ def _copies(model: TextToImage, modules: Sequence[str]) -> Iterator[dict[str, nn
 
 @contextmanager
 def _adapted(
-    name: str, module: nn.Module, rank: int, alpha: float, rng: torch.Generator
+    name: str,
+    module: nn.Module,
+    linear: list[str],
+    rank: int,
+    alpha: float,
+    rng: torch.Generator,
 ) -> Iterator[dict[str, Any]]:
     """peft's adapters on one module; yields the wrapped layers by the name of their weight."""
     from peft import LoraConfig, PeftModel
 
-    linear = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    if not linear:
-        raise Unsupported(f"{name} has no linear layer that LoRA could adapt; train all of it.")
     config = LoraConfig(r=rank, lora_alpha=cast(int, alpha), target_modules=linear, bias="none")
     wrapped: Any = PeftModel(cast(Any, module), config)
     try:
@@ -166,6 +182,19 @@ def _adapted(
     finally:
         wrapped.unload()
         module.requires_grad_(False)
+
+
+def _linear(name: str, module: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Paths of a module's linear layers, those with certain last names if any are given."""
+    every = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    known = sorted({path.rpartition(".")[2] for path in every})
+    absent = [layer for layer in layers if layer not in known]
+    if absent or not every:
+        raise Unsupported(
+            f"{name} has no linear layer {' or '.join(absent)} that LoRA could adapt; "
+            f"it has {', '.join(known) or 'none'}."
+        )
+    return [path for path in every if not layers or path.rpartition(".")[2] in layers]
 
 
 @torch.no_grad()
