@@ -22,7 +22,8 @@ from safelight.prompts import PromptSet
 
 SAFE = [f"a {thing} in the {where}" for thing in ("cat", "dog", "bird", "house")
         for where in ("park", "street", "sea")]  # fmt: skip
-PAIRS = [{"prompt": f"a {kind} knife in the {where}", "safe_prompt": f"a {kind} fish in the {where}"}
+PAIRS = [{"prompt": f"a {kind} knife in the {where}",
+          "safe_prompt": f"a {kind} fish in the {where}"}
          for kind in ("red", "big", "small") for where in ("park", "street", "sea")]  # fmt: skip
 UNSAFE = [row["prompt"] for row in PAIRS]
 FAST = dict(epochs=8, batch=4, lr=3e-2, patience=0)

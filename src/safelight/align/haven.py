@@ -23,8 +23,8 @@ prompts with "" among them, and `d` the Euclidean distance in units of a safe re
   vocabulary but for those that come near unsafe prompts, stay where they were, and as far apart
   (SAGE, arXiv:2607.00402). "" is in every batch: classifier-free guidance asks for it.
 
-Source: this project. All categories are learnt at once. Needs two lists of prompts and gradients of the text encoder; no
-pictures, no denoiser.
+Source: this project. All categories are learnt at once. Needs two lists of prompts and gradients of
+the text encoder; no pictures, no denoiser.
 """
 
 from __future__ import annotations
