@@ -40,7 +40,7 @@ from safelight.bench import settings as written
 from safelight.bench.figures import figures
 from safelight.errors import BadInput, NotFound, WorkFailed
 from safelight.flow import Condition, Prompt, Record, Value, Verdict
-from safelight.guard.base import Guard, Guarded, latents_of, refuses, soft_of, visible
+from safelight.guard.base import Guard, Guarded, latents_of, refuses, soft_of
 from safelight.judge.base import Judge, Look, distance
 from safelight.metric.base import BASE, PROTECTED
 from safelight.metric.frechet import pack
@@ -344,7 +344,7 @@ class _Arm:
         with self.on(), self.task.timed(f"{self.name}.encode"):
             if self.negative is None and self.target.model.guides(self.task.sampling.guidance):
                 self.negative = self.target.model.empty(1)
-            said = self.target.admit([visible(prompt) for prompt in chunk.items])
+            said = self.target.admit([p.text for p in chunk.items], soft_of(chunk.items))
             pairs = zip(chunk.items, said, strict=True)
             kept = [prompt for prompt, opinions in pairs if not refuses(opinions)]
             if not kept:

@@ -116,6 +116,10 @@ class Descent(ABC):
         """The learning rate on a model."""
         return self.lr or 1e-5
 
+    def optimiser(self, parameters: list[Any], lr: float) -> torch.optim.Optimizer:
+        """AdamW, unless a method was published with another."""
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=self.decay)
+
     def start(self, loan: Loan, rng: torch.Generator) -> None:  # noqa: B027  may stay empty
         """A last word before the first step."""
 
@@ -201,7 +205,7 @@ def _descend(
 ) -> _Run:
     """AdamW on the method's loss, an epoch at a time, until it stops paying."""
     parameters = list(loan.parameters.values())
-    adam = torch.optim.AdamW(parameters, lr=method.rate(model), weight_decay=method.decay)
+    adam = method.optimiser(parameters, method.rate(model))
     total = method.epochs * method.steps(material)
 
     def rate(done: int) -> float:
