@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from safelight.errors import BadInput
 from safelight.flow import Prompt
 from safelight.prompts import PromptSet
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +81,8 @@ def texts(prompts: Sequence[Prompt]) -> list[str]:
     return [prompt.text for prompt in prompts]
 
 
-def shuffled(these: Sequence[str], n: int, rng: torch.Generator) -> list[str]:
-    """`n` of some texts: whole shuffled rounds of all of them, cut to length."""
+def shuffled(these: Sequence[T], n: int, rng: torch.Generator) -> list[T]:
+    """`n` of some things: whole shuffled rounds of all of them, cut to length."""
     rounds = -(-n // len(these))
     order = torch.cat([torch.randperm(len(these), generator=rng) for _ in range(rounds)])
     return [these[i] for i in order[:n].tolist()]
