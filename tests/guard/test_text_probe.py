@@ -15,7 +15,7 @@ from safelight.guard.trained import load_guard
 from safelight.prompts import PromptSet
 from safelight.training.data import TextData
 
-FAST = dict(epochs=15, lr=1e-2, fpr=0.1, patience=0)
+FAST = dict(epochs=25, lr=1e-2, fpr=0.1, patience=0, dropout=0.0, variants=0)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def learnt(tiny_sd1):
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_unsafe_prompts_are_refused_and_safe_ones_painted(tiny_model, kind):
     before = tiny_model.hashes()
-    guard = TextProbe(**FAST, kind=kind).fit(tiny_model, data())
+    guard = TextProbe(**FAST, kind=kind, which="mean", threshold=0.5).fit(tiny_model, data())
     safe, bomb, skull = Guarded(tiny_model, [guard])(
         ["a dog on the street", "a bomb in the park", "a skull at night"], steps=1
     )
@@ -90,23 +90,23 @@ def test_one_encoder_only_can_be_read_and_only_it_is_bound(tiny_sd3):
     every = TextProbe(**FAST).fit(tiny_sd3, data())
     assert set(every.fitted_.base) == {"clip_l", "clip_g", "t5"}
     with pytest.raises(BadInput, match="text encoder"):
-        TextProbe(encoders=("clip",)).fit(tiny_sd3, data())
+        TextProbe(**FAST, encoders=("clip",)).fit(tiny_sd3, data())
 
 
 def test_learnt_embeddings_are_refused_or_read_but_never_overlooked(tiny_sd1, learnt):
     words = [
-        Prompt(id="0", text="a <*> in the park", soft=soft(tiny_sd1, "bomb")),
+        Prompt(id="0", text="a dog <*> in the park", soft=soft(tiny_sd1, "bomb")),
         Prompt(id="1", text="a <*> in the park", soft=soft(tiny_sd1, "dog")),
         Prompt(id="2", text="a dog in the park"),
     ]
     closed = Guarded(tiny_sd1, [learnt]).show(words, [0, 1, 2], steps=1)
     assert [o.refused for o in closed] == [True, True, False]
     assert closed[1].verdicts[0].flagged is None
-    reads = dataclasses.replace(learnt, learnt="read")._with(learnt.fitted_)
+    reads = dataclasses.replace(learnt, learnt="read", threshold=0.5)._with(learnt.fitted_)
     opened = Guarded(tiny_sd1, [reads]).show(words, [0, 1, 2], steps=1)
     assert [o.refused for o in opened] == [True, False, False]
     # The control: a filter that reads the visible words alone lets it through.
-    assert not Guarded(tiny_sd1, [learnt])(["a in the park"], steps=1)[0].refused
+    assert not Guarded(tiny_sd1, [learnt])(["a dog in the park"], steps=1)[0].refused
 
 
 def test_embeddings_for_an_encoder_that_is_not_read_are_refused(tiny_sdxl):
@@ -179,5 +179,3 @@ def test_one_class_and_contradictory_data_are_refused(tiny_sd1):
         TextProbe(**FAST).fit(tiny_sd1, TextData(safe=safe, unsafe=[]))
     with pytest.raises(BadInput, match="on the safe and on the unsafe side"):
         TextProbe(**FAST).fit(tiny_sd1, TextData(safe=safe, unsafe=[unsafe("death"), safe]))
-    with pytest.raises(BadInput, match="choice"):
-        TextProbe(kind="liner")

@@ -30,6 +30,7 @@ from safelight.errors import BadInput, unknown
 from safelight.flow import Condition, Prompt, Written
 from safelight.guard.trained import TrainedGuard
 from safelight.models.base import TextToImage
+from safelight.training.augment import exchanged, vocabulary
 from safelight.training.data import TextData, texts
 from safelight.training.descent import Loss
 
@@ -46,6 +47,8 @@ class Recogniser(TrainedGuard):
             tokens' states, or the pooled vector (the state at the end mark where there is none).
         dropout: Share of the hidden units that is left out while training.
         counterparts: Whether the unsafe prompts' safe counterparts are learnt from as safe ones.
+        variants: Copies of each safe prompt to learn from with one or two words exchanged at random,
+            so that a word that no list mentions is not taken for an unsafe one.
         fpr: Share of safe prompts that may be refused, by which the threshold is calibrated.
         held: Share of the safe training prompts that is kept for the calibration.
         threshold: Scores above it are unsafe; None is the calibrated one.
@@ -55,6 +58,7 @@ class Recogniser(TrainedGuard):
     which: Which = "eos"
     dropout: float = 0.0
     counterparts: bool = True
+    variants: int = 0
     fpr: float = 0.01
     held: float = 0.25
     threshold: float | None = None
@@ -146,8 +150,11 @@ class Recogniser(TrainedGuard):
         labels = ("safe", *sorted({prompt.category or "unsafe" for prompt in unsafe}))
         object.__setattr__(self, "labels_", self.classes(labels))
 
+        words = _neutral_words(model.tokenizers[self.chosen(model)[0]], [*safe, *held], unsafe)
+
         def side(safe: Sequence[str], unsafe: Sequence[Prompt]) -> Side:
             extra = [p.safe_prompt for p in unsafe if p.safe_prompt and self.counterparts]
+            extra += [new for _, new in exchanged(list(safe) * self.variants, words, rng)]
             kept = list(dict.fromkeys([*safe, *extra]))
             y = [self._label(p) for p in unsafe]
             x = self.vectors(model, plain([*kept, *texts(unsafe)]))
@@ -344,6 +351,13 @@ def roc_area(unsafe: Sequence[float], safe: Sequence[float]) -> float:
 
 def _two(scores: Tensor, y: Tensor) -> tuple[list[float], list[float]]:
     return scores[y > 0].tolist(), scores[y == 0].tolist()
+
+
+def _neutral_words(tokenizer: Any, safe: Sequence[str], unsafe: Sequence[Prompt]) -> list[str]:
+    """The tokenizer's whole words, but for those that only unsafe prompts have."""
+    known = {word for text in safe for word in text.split()}
+    only = {word for prompt in unsafe for word in prompt.text.split()} - known
+    return [word for word in vocabulary(tokenizer) if word not in only]
 
 
 def _require_two_sides(safe: Sequence[str], unsafe: Sequence[str]) -> None:

@@ -57,6 +57,7 @@ class TextProbe(Recogniser):
     decay: float = 0.01
     patience: int = 5
     dropout: float = 0.1
+    variants: int = 2
     kind: Kind = "linear"
     hidden: int = 256
     learnt: Learnt = "refuse"
