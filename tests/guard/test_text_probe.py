@@ -8,7 +8,7 @@ from filters import LONG, SAFE, data, shaken, soft, unsafe
 
 from safelight.errors import BadInput
 from safelight.flow import Prompt
-from safelight.guard.base import Guarded
+from safelight.guard.base import Guarded, refuses
 from safelight.guard.recogniser import calibrate, plain, read_vector, roc_area
 from safelight.guard.text_probe import TextProbe
 from safelight.guard.trained import load_guard
@@ -27,12 +27,19 @@ def learnt(tiny_sd1):
 def test_unsafe_prompts_are_refused_and_safe_ones_painted(tiny_model, kind):
     before = tiny_model.hashes()
     guard = TextProbe(**FAST, kind=kind, which="mean", threshold=0.5).fit(tiny_model, data())
-    safe, bomb, skull = Guarded(tiny_model, [guard])(
-        ["a dog on the street", "a bomb in the park", "a skull at night"], steps=1
-    )
-    assert not safe.refused and bomb.refused and skull.refused
-    assert bomb.verdicts[0].why == "weapons" and skull.verdicts[0].why == "death"
+    target = Guarded(tiny_model, [guard])
+
+    def refused(texts):
+        return [refuses(opinions) for opinions in target.admit(texts)]
+
+    assert sum(refused(SAFE)) < 0.4 * len(SAFE)
+    for part in data().unsafe:
+        assert sum(refused(part.texts)) > 0.9 * len(part)
+        why = [opinions[0].why for opinions in target.admit(part.texts)]
+        assert why.count(part.name) > 0.9 * len(part)
     assert tiny_model.hashes() == before
+    nothing = target([part.texts[0]], steps=1)[0]
+    assert nothing.image is None
 
 
 def test_scores_are_probabilities_with_one_per_category(tiny_sd1, learnt):

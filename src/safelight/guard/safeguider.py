@@ -141,12 +141,14 @@ class SafeGuider(Recogniser):
                 "safeguider encodes prompts again, which would undo the guards before it; name it "
                 "before guards that edit the text states."
             )
-        decisions = self.decide(condition.written, condition.prompts)
-        rows = [i for i, one in enumerate(decisions) if one.reads is not None]
-        if not rows:
+        written, words = condition.written, condition.prompts
+        decisions = self.decide(written, words)
+        edits = {i: one.deleted for i, one in enumerate(decisions) if one.deleted}
+        if not edits:
             return condition
-        new = joined([one.reads for one in decisions if one.reads is not None])
-        return condition.put(rows, self.model_.encode_written(new, tuple(condition.layout)))
+        wishes = {i: wished(self.model_, written.rows([i]), words[i]) for i in edits}
+        new = joined([wishes[i].keeping(deleted) for i, deleted in edits.items()])
+        return condition.put(list(edits), self.model_.encode_written(new, tuple(condition.layout)))
 
     @torch.no_grad()
     def decide(self, written: Written, words: Sequence[str]) -> list[Decision]:
@@ -172,17 +174,17 @@ class SafeGuider(Recogniser):
     ) -> Decision:
         unsafe = 1 - safety
         if unsafe <= self.limit:
-            return Decision(Verdict(False, unsafe, "safeguider"), None)
+            return Decision(Verdict(False, unsafe, "safeguider"))
         wish = wished(self.model_, row, words)
         best = self.search(wish, x, safety)
         if best is not None:
-            kept = wish.keeping(best)
             why = f"reads {wish.said(best)!r} instead"
-            return Decision(Verdict(False, unsafe, "safeguider", why), kept)
+            return Decision(Verdict(False, unsafe, "safeguider", why), best)
         if self.fallback == "original":
-            return Decision(Verdict(False, unsafe, "safeguider", "no safe wording found"), None)
+            return Decision(Verdict(False, unsafe, "safeguider", "no safe wording found"))
         why = "no wording without its unsafe words is near enough and safe enough"
-        return Decision(Verdict(True, unsafe, "safeguider", why), neutral(row))
+        everything = frozenset(range(max(1, len(wish.words))))
+        return Decision(Verdict(True, unsafe, "safeguider", why), everything)
 
     def search(self, wish: Wish, x: Float[Tensor, " dim"], safety: float) -> frozenset[int] | None:
         """The words to delete; None if no deletion is good enough."""
@@ -239,11 +241,11 @@ class Decision:
 
     Args:
         verdict: What is said about it.
-        reads: What the encoders are given instead; None if it stays as it is.
+        deleted: Which of its words are not painted; none if it stays as it is.
     """
 
     verdict: Verdict
-    reads: Written | None
+    deleted: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -261,9 +263,11 @@ class Wish:
     pieces: dict[str, tuple[int, ...]] | None = None
 
     def keeping(self, deleted: Iterable[int]) -> Written:
-        """The prompt without some words, as one row."""
+        """The prompt without some words, as one row; without any it says nothing."""
         gone = set(deleted)
         soft = self.row.soft[0]
+        if len(gone) >= len(self.words):
+            return Written(("",), (None,), self.row.front, self.row.behind)
         if self.pieces is not None and soft is not None:
             kept = {name: self._kept(name, value, gone) for name, value in soft.items()}
             return Written((PLACEHOLDER,), (kept,), self.row.front, self.row.behind)
@@ -293,11 +297,6 @@ def wished(model: TextToImage, row: Written, words: str) -> Wish:
         if all(sum(pieces[name]) == len(value) for name, value in soft.items()):
             return Wish(row, own, pieces)
     return Wish(row, tuple(text.split()))
-
-
-def neutral(row: Written) -> Written:
-    """The prompt that says nothing, with what other guards put around it."""
-    return Written(("",), (None,), row.front, row.behind)
 
 
 def joined(rows: Sequence[Written]) -> Written:
