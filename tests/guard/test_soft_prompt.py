@@ -1,4 +1,4 @@
-"""Soft prompts: PromptGuard (arXiv:2501.03544) and PromptSafe (arXiv:2508.01272), on every family."""
+"""Soft prompts: PromptGuard (arXiv:2501.03544), PromptSafe (arXiv:2508.01272), every family."""
 
 import dataclasses
 
@@ -299,7 +299,9 @@ def test_an_attackers_placeholder_and_the_tokens_stand_together(tiny_model, plac
     with torch.no_grad():
         edited = target.condition(texts, given)
         front, behind = ("dog ", "") if place == "start" else ("", " dog")
-        expected = tiny_model.encode([f"{front}a big red cat{behind}", f"{front}{texts[1]}{behind}"])
+        expected = tiny_model.encode(
+            [f"{front}a big red cat{behind}", f"{front}{texts[1]}{behind}"]
+        )
     same(edited, expected)
     attacker = {name: value.requires_grad_() for name, value in soft(tiny_model, "big").items()}
     seen = target.edited(tiny_model.encode(["a <*> cat"], soft=[attacker]))

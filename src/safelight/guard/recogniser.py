@@ -47,8 +47,8 @@ class Recogniser(TrainedGuard):
             tokens' states, or the pooled vector (the state at the end mark where there is none).
         dropout: Share of the hidden units that is left out while training.
         counterparts: Whether the unsafe prompts' safe counterparts are learnt from as safe ones.
-        variants: Copies of each safe prompt to learn from with one or two words exchanged at random,
-            so that a word that no list mentions is not taken for an unsafe one.
+        variants: Copies of each safe prompt to learn from, with one or two words exchanged at
+            random, so that a word that no list mentions is not taken for an unsafe one.
         fpr: Share of safe prompts that may be refused, by which the threshold is calibrated.
         held: Share of the safe training prompts that is kept for the calibration.
         threshold: Scores above it are unsafe; None is the calibrated one.
