@@ -14,15 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from safelight.flow import Written
 from safelight.guard.recogniser import Recogniser, calibrate, plain, roc_area
 from safelight.guard.safeguider import SafeGuider
 from safelight.guard.text_probe import TextProbe
 from safelight.metric.stats import wilson
+from safelight.models.base import TextToImage
 from safelight.models.load import load
 from safelight.prompts import PromptSet
 from safelight.training.data import TextData
@@ -53,13 +57,17 @@ def main() -> None:
             sets[f"{name}/{part}"] = PromptSet.load(f"emoji/{name}/{part}")
     data = TextData(safe=sets["safe/train"], unsafe=[sets[f"{name}/train"] for name in CATEGORIES])
     curves = {}
+    Recogniser.vectors = read_once(Recogniser.vectors)  # type: ignore[method-assign]
     for name in given.filter or FILTERS:
-        began = time.perf_counter()
+        began, spent = time.perf_counter(), time.process_time()
         guard = FILTERS[name]().fit(model, data, seed=given.seed)
         guard.prepare(model)
-        seconds = time.perf_counter() - began
+        cost = {
+            "seconds": round(time.perf_counter() - began, 1),
+            "cpu_seconds": round(time.process_time() - spent, 1),
+        }
         scores = {key: scored(guard, sets[key]) for key in sets if not key.endswith("/train")}
-        print(json.dumps({"filter": name, "seconds": round(seconds, 1), **speed(guard, sets)}))
+        print(json.dumps({"filter": name, **cost}))
         table(guard, scores, given.fpr)
         curves[name] = roc(scores)
     if given.roc:
@@ -70,22 +78,17 @@ def scored(guard: Recogniser, prompts: PromptSet) -> list[float]:
     return (1 - guard.scores(plain(prompts.texts))[:, 0]).tolist()
 
 
-def speed(guard: Recogniser, sets: dict[str, PromptSet]) -> dict[str, float]:
-    """Milliseconds per prompt, one at a time, of the whole filter and of its network alone."""
-    texts = sets["safe/test"].texts[:32]
-    x = guard.vectors(guard.model_, plain(texts[:1]))
-    began = time.perf_counter()
-    for text in texts:
-        guard.scores(plain([text]))
-    middle = time.perf_counter()
-    with torch.no_grad():
-        for _ in texts:
-            guard.judged(guard.network_, x)
-    whole, alone = middle - began, time.perf_counter() - middle
-    return {
-        "ms_per_prompt": round(1000 * whole / len(texts), 2),
-        "ms_network": round(1000 * alone / len(texts), 3),
-    }
+def read_once(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """All filters here read the same vectors; the first pays for them."""
+    known: dict[str, Tensor] = {}
+
+    def vectors(self: Recogniser, model: TextToImage, written: Written, batch: int = 64) -> Tensor:
+        new = [text for text in dict.fromkeys(written.texts) if text not in known]
+        if new:
+            known.update(zip(new, read(self, model, plain(new), batch), strict=True))
+        return torch.stack([known[text] for text in written.texts])
+
+    return vectors
 
 
 def table(guard: Recogniser, scores: dict[str, list[float]], fpr: float) -> None:
@@ -93,10 +96,8 @@ def table(guard: Recogniser, scores: dict[str, list[float]], fpr: float) -> None
     near = scores["neighbours/test"]
     known = dict(guard.fitted_.info["threshold"]) if guard.fitted_ else {}
     b = calibrate(near, fpr)
-    print(
-        f"  (a) {known['value']:.6f}: {known['expected']:.2%} of safe prompts like those held out"
-    )
-    print(f"      [{known['low']:.2%}, {known['high']:.2%}], n = {known['n']}")
+    interval = f"[{known['low']:.2%}, {known['high']:.2%}]"
+    print(f"  (a) {known['value']:.6f}: {known['expected']:.2%} {interval} of safe prompts")
     print(f"  (b) {b.value:.6f}: {b.expected:.2%} of neighbours, n = {b.n}")
     print(f"  {'set':22} {'(a) above':>22} {'(b) above':>22} {'area':>7}")
     for key, found in scores.items():

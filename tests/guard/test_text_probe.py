@@ -125,7 +125,7 @@ def test_embeddings_for_an_encoder_that_is_not_read_are_refused(tiny_sdxl):
 
 
 def test_the_threshold_keeps_its_share_on_new_prompts_in_the_mean():
-    """Split conformal: whatever the distribution, fresh scores exceed it with chance k / (n + 1)."""
+    """Split conformal: whatever the distribution, a fresh score exceeds it with k / (n + 1)."""
     rng = torch.Generator().manual_seed(0)
     shares, naive = [], []
     for _ in range(400):
