@@ -8,8 +8,8 @@ time, so that reports and listings stay light.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,6 +54,33 @@ class Span:
     pooled: slice | None = None
 
 
+@dataclass(frozen=True)
+class Written:
+    """What the text encoders were given, row by row: enough to encode a prompt again, changed.
+
+    Args:
+        texts: The texts, with `<*>` where learnt embeddings stand.
+        soft: Those embeddings by encoder, or None for words alone. An attack that searches words
+            by gradients sends whole prompts this way: a lone `<*>`, the words in `prompts`.
+        front: Embeddings by encoder that stand before the whole text, of a guard.
+        behind: Embeddings by encoder that stand behind it; a text that is too long is cut, they
+            never are.
+    """
+
+    texts: tuple[str, ...]
+    soft: tuple[Mapping[str, Float[Tensor, "token dim"]] | None, ...]
+    front: tuple[Mapping[str, Float[Tensor, "token dim"]] | None, ...]
+    behind: tuple[Mapping[str, Float[Tensor, "token dim"]] | None, ...]
+
+    def rows(self, rows: Sequence[int]) -> Written:
+        """Some of the rows."""
+        texts, soft, front, behind = (
+            tuple(column[i] for i in rows)
+            for column in (self.texts, self.soft, self.front, self.behind)
+        )
+        return Written(texts, soft, front, behind)
+
+
 Change = "Callable[[str, Tensor], Tensor]"  # (encoder, its part) -> the new part, same shape
 
 
@@ -68,6 +95,8 @@ class Condition:
         layout: Each encoder's place in `states` and `pooled`.
         masks: Per encoder 1 where a token is content or its end mark, 0 where it is padding.
         encoders: Those encoders that have token states, in layout order.
+        written: What the encoders were given; None once the states say something else than that,
+            so that no guard encodes again what another one has edited.
     """
 
     prompts: tuple[str, ...]
@@ -76,6 +105,7 @@ class Condition:
     layout: Mapping[str, Span]
     masks: Mapping[str, Int[Tensor, "batch _"]]
     encoders: tuple[str, ...]
+    written: Written | None = None
 
     def __len__(self) -> int:
         return self.states.shape[0]
@@ -107,7 +137,30 @@ class Condition:
             for name, span in self.layout.items():
                 if span.pooled is not None:
                     new_pooled[:, span.pooled] = pooled(name, self.pooled[:, span.pooled])
-        return replace(self, states=new_states, pooled=new_pooled)
+        return replace(self, states=new_states, pooled=new_pooled, written=None)
+
+    def put(self, rows: Sequence[int], other: Condition) -> Condition:
+        """A copy in which some rows are another condition's; all others keep every bit."""
+        at = list(rows)
+        states, pooled = self.states.clone(), self.pooled
+        states[at] = other.states
+        if pooled is not None and other.pooled is not None:
+            pooled = pooled.clone()
+            pooled[at] = other.pooled
+        masks = {name: mask.clone() for name, mask in self.masks.items()}
+        for name, mask in masks.items():
+            mask[at] = other.masks[name]
+        written = None
+        if self.written is not None and other.written is not None:
+            new = dict(zip(at, range(len(at)), strict=True))
+            both = [
+                other.written.rows([new[i]]) if i in new else self.written.rows([i])
+                for i in range(len(self))
+            ]
+            written = Written(
+                *(sum((getattr(one, f.name) for one in both), ()) for f in fields(Written))
+            )
+        return replace(self, states=states, pooled=pooled, masks=masks, written=written)
 
 
 @dataclass(frozen=True)

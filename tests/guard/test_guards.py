@@ -7,7 +7,7 @@ import torch
 
 from safelight import names
 from safelight.errors import BadInput, GuardFailed, Unsupported
-from safelight.flow import Card, Verdict
+from safelight.flow import Card, Prompt, Verdict
 from safelight.guard import TABLE
 from safelight.guard.base import Guard, Guarded
 from safelight.guard.screen import Screen
@@ -144,3 +144,29 @@ def test_a_guard_for_another_family_is_refused(tiny_sd1):
 def test_seeds_must_fit_the_prompts(tiny_sd1):
     with pytest.raises(BadInput, match="3 prompts but 2 seeds"):
         Guarded(tiny_sd1)(PROMPTS, seed=[1, 2], steps=1)
+
+
+def test_a_guard_that_edits_the_states_makes_them_unwritten(tiny_sd1):
+    def double(condition):
+        return dataclasses.replace(condition, states=2 * condition.states)
+
+    assert Guarded(tiny_sd1, [Scripted()]).condition(["a cat"]).written.texts == ("a cat",)
+    assert Guarded(tiny_sd1, [Scripted(edit_condition=double)]).condition(["a cat"]).written is None
+
+
+def test_a_guard_may_look_below_the_words(tiny_sd1):
+    seen = []
+
+    class Deep(Guard):
+        card = Card(title="deep", source="tests")
+
+        def screen_learnt(self, prompts, soft):
+            seen.extend(zip(prompts, soft, strict=True))
+            return [Verdict(bool(one), 1.0, "deep") for one in soft]
+
+    v = {"clip_l": torch.ones(1, 32)}
+    prompts = [Prompt(id="0", text="a <*>", soft=v), Prompt(id="1", text="a cat")]
+    first, second = Guarded(tiny_sd1, [Deep()]).show(prompts, [0, 1], steps=1)
+    assert first.refused and not second.refused and seen == [("a <*>", v), ("a cat", None)]
+    # The control: a guard for words alone is given what words there are.
+    assert not any(o.refused for o in Guarded(tiny_sd1, [forbid("<*>")]).show(prompts, [0, 1]))

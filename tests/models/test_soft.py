@@ -130,3 +130,54 @@ def test_guards_that_read_words_do_not_see_the_placeholder(tiny_sd1):
     first, second = Guarded(tiny_sd1, [Reader()]).show(prompts, [0, 1])
     assert seen == ["a cat", "red", "a cat"]
     assert not first.refused and second == Outcome("red <*>", 1, None, second.verdicts)
+
+
+@pytest.mark.parametrize("side", ["front", "behind"])
+@pytest.mark.parametrize("text", ["a cat", "", "a <*> house"])
+def test_embeddings_around_a_text_read_as_words_there(tiny_model, side, text):
+    given = [soft(tiny_model, "big")] if "<*>" in text else None
+    said = text.replace("<*>", "big")
+    literal = f"red dog {said}".strip() if side == "front" else f"{said} red dog".strip()
+    around = {side: [soft(tiny_model, "red dog")]}
+    with torch.no_grad():
+        shown = tiny_model.encode([text], soft=given, **around)
+        expected = tiny_model.encode([literal])
+    torch.testing.assert_close(shown.states, expected.states, atol=1e-6, rtol=1e-5)
+    if shown.pooled is not None:
+        torch.testing.assert_close(shown.pooled, expected.pooled, atol=1e-6, rtol=1e-5)
+    assert all(torch.equal(shown.masks[name], mask) for name, mask in expected.masks.items())
+
+
+def test_embeddings_around_a_text_that_do_not_fit_at_all_are_refused(tiny_sd1):
+    with pytest.raises(BadInput, match="76 embeddings around the prompt do not fit"):
+        tiny_sd1.encode(["a cat"], behind=[{"clip_l": torch.ones(76, 32)}])
+
+
+def test_what_was_written_encodes_to_the_same_again(tiny_model):
+    given = [soft(tiny_model, "big"), None]
+    seen = tiny_model.encode(
+        ["a <*> cat", "a <*> dog"], soft=given, behind=[None, soft(tiny_model, "red")]
+    )
+    again = tiny_model.encode_written(seen.written)
+    assert torch.equal(again.states, seen.states)
+    second = tiny_model.encode_written(seen.written.rows([1]))
+    torch.testing.assert_close(second.states[0], seen.states[1], atol=1e-6, rtol=1e-5)
+
+
+def test_an_edited_condition_no_longer_claims_to_be_what_was_written(tiny_model):
+    seen = tiny_model.encode(["a cat"])
+    assert seen.written.texts == ("a cat",)
+    assert seen.edit(lambda encoder, part: part + 1).written is None
+
+
+def test_rows_of_another_condition_are_put_in_and_all_others_keep_every_bit(tiny_model):
+    seen, other = tiny_model.encode(["a cat", "a dog", "a boat"]), tiny_model.encode(["a red car"])
+    both = seen.put([1], other)
+    assert torch.equal(both.states[[0, 2]], seen.states[[0, 2]])
+    assert torch.equal(both.states[1], other.states[0])
+    if seen.pooled is not None:
+        assert torch.equal(both.pooled[1], other.pooled[0])
+    assert both.written.texts == ("a cat", "a red car", "a boat")
+    assert both.prompts == seen.prompts
+    for name, mask in both.masks.items():
+        assert torch.equal(mask[1], other.masks[name][0])

@@ -184,20 +184,11 @@ def told(
     """
     widths = [_table(model, name).shape[1] for name in words.encoders]
     soft = [dict(zip(words.encoders, row.split(widths, 1), strict=True)) for row in rows]
-    seen = model.encode([PLACEHOLDER] * len(rows), encoders=words.encoders, soft=soft)
-    seen = replace(seen, prompts=tuple(texts))
-    if not words.others:
-        return seen
-    with torch.no_grad():
-        rest = model.encode(texts, encoders=words.others)
-    return replace(
-        seen,
-        states=seen.states + rest.states,  # each is zero where the other is not
-        pooled=_sum(seen.pooled, rest.pooled),
-        layout=model.layout,
-        masks={name: {**seen.masks, **rest.masks}[name] for name in model.layout},
-        encoders=tuple(n for n in model.layout if n in (*seen.encoders, *rest.encoders)),
-    )
+    for name in words.others:
+        for one, text in zip(soft, texts, strict=True):
+            one[name] = _said(model, name, text)
+    seen = model.encode([PLACEHOLDER] * len(rows), soft=soft)
+    return replace(seen, prompts=tuple(texts))
 
 
 def may_send(model: TextToImage, prompt: Prompt, text: str) -> bool:
@@ -249,8 +240,13 @@ def spelled(words: Vocabulary, picks: Int[Tensor, " slot"]) -> list[str]:
     return [words.words[i] for i in picks.tolist()]
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return a + b if a is not None and b is not None else (b if a is None else a)
+def _said(model: TextToImage, encoder: str, text: str) -> Float[Tensor, "token dim"]:
+    """The input embeddings of a text's tokens without marks, as many as the encoder reads."""
+    tokenizer = model.tokenizers[encoder]
+    room = model.tokens[encoder] - len(tokenizer("").input_ids)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:room]
+    table = _table(model, encoder)
+    return table[torch.tensor(ids, device=table.device)]
 
 
 def _table(model: TextToImage, encoder: str) -> Tensor:

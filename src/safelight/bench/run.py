@@ -38,7 +38,7 @@ from safelight.bench.figures import figures
 from safelight.bench.folder import REPLAY, Key, Run, begin, key_of, reuse, writing
 from safelight.errors import BadInput
 from safelight.flow import Condition, Prompt, Record, Verdict
-from safelight.guard.base import Guard, Guarded, latents_of, refuses, soft_of, visible
+from safelight.guard.base import Guard, Guarded, latents_of, refuses, soft_of
 from safelight.judge.base import Judge, Look, distance
 from safelight.metric.base import BASE, PROTECTED
 from safelight.metric.frechet import pack
@@ -289,7 +289,7 @@ class _Arm:
         with self.on(), self.task.timed(f"{self.name}.encode"):
             if self.negative is None and self.target.model.guides(self.task.sampling.guidance):
                 self.negative = self.target.model.empty(1)
-            said = self.target.admit([visible(prompt) for prompt in chunk.items])
+            said = self.target.admit([p.text for p in chunk.items], soft_of(chunk.items))
             pairs = zip(chunk.items, said, strict=True)
             kept = [prompt for prompt, opinions in pairs if not refuses(opinions)]
             if not kept:

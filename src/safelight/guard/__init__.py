@@ -1,5 +1,8 @@
 """Guards: protections that act while pictures are made."""
 
 TABLE = {
+    "safeguider": "safelight.guard.safeguider:SafeGuider",
     "screen": "safelight.guard.screen:Screen",
+    "soft_prompt": "safelight.guard.soft_prompt:SoftPrompt",
+    "text_probe": "safelight.guard.text_probe:TextProbe",
 }

@@ -39,8 +39,23 @@ class Guard:
         """One verdict per prompt, before any cost; or none at all."""
         return ()
 
+    def screen_learnt(
+        self, prompts: Sequence[str], soft: Sequence[Soft | None]
+    ) -> Sequence[Verdict]:
+        """As `screen_prompts`, where some prompts hold learnt embeddings at `<*>`.
+
+        A guard that reads words sees the words; one that reads embeddings should override this, or
+        it is blind to what exists only below the words.
+        """
+        pairs = zip(prompts, soft, strict=True)
+        return self.screen_prompts([without(text) if own else text for text, own in pairs])
+
     def edit_condition(self, condition: Condition) -> Condition:
-        """What the denoiser is told instead."""
+        """What the denoiser is told instead.
+
+        A guard that encodes prompts again starts from `condition.written`, and says so by setting
+        it; where that is None another guard has edited the states, and it must come first.
+        """
         return condition
 
     def edit_noise(self, noise: Tensor, step: Step) -> Tensor:
@@ -127,7 +142,7 @@ class Guarded:
     def _batch(
         self, prompts: list[Prompt], seeds: list[int], sampling: dict[str, Any]
     ) -> list[Outcome]:
-        before = self.admit([visible(prompt) for prompt in prompts])
+        before = self.admit([prompt.text for prompt in prompts], soft_of(prompts))
         kept = [i for i, opinions in enumerate(before) if not refuses(opinions)]
         outcomes = [
             Outcome(prompt.text, seed, None, opinions)
@@ -146,9 +161,20 @@ class Guarded:
             outcomes[i] = replace(outcomes[i], image=shown, verdicts=before[i] + after)
         return outcomes
 
-    def admit(self, prompts: Sequence[str]) -> list[Opinions]:
-        """What the guards say about the prompts; see `refuses`."""
-        return self._opinions(prompts, lambda guard: guard.screen_prompts(prompts))
+    @torch.no_grad()
+    def admit(
+        self, prompts: Sequence[str], soft: Sequence[Soft | None] | None = None
+    ) -> list[Opinions]:
+        """What the guards say about the prompts, learnt embeddings included; see `refuses`."""
+
+        def ask(guard: Guard) -> Sequence[Verdict]:
+            return (
+                guard.screen_prompts(prompts)
+                if soft is None
+                else guard.screen_learnt(prompts, soft)
+            )
+
+        return self._opinions(prompts, ask)
 
     @torch.no_grad()
     def condition(
@@ -163,7 +189,7 @@ class Guarded:
             with _closed(guard, "edit the text states"):
                 edited = guard.edit_condition(condition)
             _finite(guard, edited.states, condition.states)
-            condition = edited
+            condition = _honest(edited, condition)
         return condition
 
     @torch.no_grad()
@@ -208,11 +234,6 @@ def refuses(opinions: Opinions) -> bool:
     return any(verdict.flagged is not False for verdict in opinions)
 
 
-def visible(prompt: Prompt) -> str:
-    """What a guard that reads words can see of a prompt."""
-    return without(prompt.text) if prompt.soft else prompt.text
-
-
 def soft_of(prompts: Sequence[Prompt]) -> list[Soft | None] | None:
     """The learnt embeddings of prompts; None if there are none at all."""
     found = [prompt.soft for prompt in prompts]
@@ -253,6 +274,12 @@ def _check(guard: Guard, verdicts: Sequence[Verdict], n: int) -> None:
 def _finite(guard: Guard, new: Tensor, old: Tensor) -> None:
     if new.shape != old.shape or not torch.isfinite(new).all():
         raise GuardFailed(f"guard {name_of(guard)} returned a tensor of wrong shape or with NaN")
+
+
+def _honest(new: Condition, old: Condition) -> Condition:
+    """A condition that claims to be what was written only if it is."""
+    same = new.states is old.states and new.pooled is old.pooled
+    return new if same or new.written is not old.written else replace(new, written=None)
 
 
 def _edits_noise(guard: Guard) -> bool:

@@ -102,7 +102,8 @@ class TrainedGuard(Descent, Guard):
         network.train()
         object.__setattr__(self, "network_", network)  # frozen: settings are, this is not one
         try:
-            yield _Own(dict(network.named_parameters()), network)
+            own = {name: p for name, p in network.named_parameters() if p.requires_grad}
+            yield _Own(own, network)
         finally:
             network.eval().requires_grad_(False)
 

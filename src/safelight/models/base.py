@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from safelight.errors import BadInput, Unsupported
-from safelight.flow import Condition, Outcome, Span
+from safelight.flow import Condition, Outcome, Span, Written
 from safelight.models import sampling
 from safelight.models.soft import Soft, standing, without, write
 from safelight.models.weights import Weights
@@ -175,6 +175,9 @@ class TextToImage(ABC):
         prompts: Sequence[str],
         encoders: Sequence[str] | None = None,
         soft: Sequence[Soft | None] | None = None,
+        *,
+        front: Sequence[Soft | None] | None = None,
+        behind: Sequence[Soft | None] | None = None,
     ) -> Condition:
         """What the denoiser reads of each prompt; differentiable in the encoders' parameters.
 
@@ -186,51 +189,71 @@ class TextToImage(ABC):
             encoders: Run only these; the others' places stay zero and out of the layout.
             soft: Per prompt None, or by encoder the embeddings that stand at every `<*>` of its
                 text; differentiable in them. An encoder without any reads the text without `<*>`.
+            front: Per prompt None, or by encoder embeddings that stand before the whole text.
+            behind: The same behind it. A text that is too long is cut so that both still fit.
 
         Raises:
             BadInput: Not a sequence of texts, or embeddings that do not fit.
         """
         given = texts(prompts)
+        none: tuple[Soft | None, ...] = (None,) * len(given)
+        written = Written(given, *(tuple(none if x is None else x) for x in (soft, front, behind)))
+        return self.encode_written(written, encoders)
+
+    def encode_written(self, written: Written, encoders: Sequence[str] | None = None) -> Condition:
+        """What the denoiser reads of prompts as `Condition.written` holds them; see `encode`."""
         chosen = self._chosen(encoders)
         tokens, reads = {}, {}
         for name in chosen:
-            tokens[name], reads[name] = self._read(name, given, soft)
-        if soft is not None:
-            pairs = zip(given, soft, strict=True)
-            given = tuple(without(text) if own else text for text, own in pairs)
+            tokens[name], reads[name] = self._read(name, written)
+        pairs = zip(written.texts, written.soft, strict=True)
+        n = len(written.texts)
         return Condition(
-            prompts=given,
-            states=self._joined(reads, len(given)),
-            pooled=self._joined_pooled(reads, len(given)),
+            prompts=tuple(without(text) if own else text for text, own in pairs),
+            states=self._joined(reads, n),
+            pooled=self._joined_pooled(reads, n),
             layout={name: self.layout[name] for name in chosen},
             masks={name: mask for name, (_, mask) in tokens.items()},
             encoders=tuple(name for name in chosen if reads[name].states is not None),
+            written=written,
         )
 
-    def _read(
-        self, encoder: str, prompts: Sequence[str], soft: Sequence[Soft | None] | None
-    ) -> tuple[tuple[Tensor, Tensor], Read]:
-        """Tokens and what the encoder says of them, learnt embeddings in their places."""
-        if soft is None:
-            tokens = self.tokenize(encoder, prompts)
+    def _read(self, encoder: str, written: Written) -> tuple[tuple[Tensor, Tensor], Read]:
+        """Tokens and what the encoder says of them, embeddings in their places."""
+        n = len(written.texts)
+        soft, front, behind = (
+            self._learnt(encoder, n, column)
+            for column in (written.soft, written.front, written.behind)
+        )
+        plain = [
+            without(text) if one else text
+            for text, one in zip(written.texts, written.soft, strict=True)
+        ]
+        tokens = self.tokenize(encoder, plain)
+        held = sorted({*soft, *front, *behind})
+        if not held:
             return tokens, self.read(encoder, *tokens)
-        own = self._learnt(encoder, len(prompts), soft)
-        plain = [without(text) if one else text for text, one in zip(prompts, soft, strict=True)]
-        ids, mask = (x.clone() for x in self.tokenize(encoder, plain))
-        if not own:
-            return (ids, mask), self.read(encoder, ids, mask)
-        rows: list[Sequence[int]] = [()] * len(prompts)
+        ids, mask = (x.clone() for x in tokens)
+        rows: list[Sequence[int]] = [()] * n
         values = []
-        written = {  # searches read one text many times
-            key: write(self.tokenizers[encoder], *key, self.tokens[encoder])
-            for key in {(prompts[i], len(learnt)) for i, learnt in own.items()}
-        }
-        for i, learnt in own.items():
-            seen = written[prompts[i], len(learnt)]
+        length = self.tokens[encoder]
+        seen_before: dict[tuple[str, int, int, int], Any] = {}  # searches read one text many times
+        for i in held:
+            first, own, last = (len(part.get(i, ())) for part in (front, soft, behind))
+            key = (written.texts[i] if own else plain[i], first, own, last)
+            if key not in seen_before:
+                seen_before[key] = write(
+                    self.tokenizers[encoder], key[0], own, length, front=first, behind=last
+                )
+            seen = seen_before[key]
             ids[i] = torch.tensor(seen.ids, device=ids.device)
             mask[i] = (torch.arange(len(seen.ids), device=mask.device) < seen.content).to(mask)
             rows[i] = seen.at
-            values.append(learnt.repeat(len(seen.at) // len(learnt), 1))
+            inside = len(seen.at) - first - last
+            values += [front[i]] if first else []
+            if own:  # at every placeholder, as far as the text was not cut
+                values.append(soft[i].repeat(-(-inside // own), 1)[:inside])
+            values += [behind[i]] if last else []
         with standing(self.token_table(encoder), rows, values):
             return (ids, mask), self.read(encoder, ids, mask)
 
@@ -254,7 +277,7 @@ class TextToImage(ABC):
                         f"embeddings of prompt {i} for {encoder} have the shape "
                         f"{tuple(value.shape)}; expected (tokens, {width})."
                     )
-                found[i] = value
+                found[i] = value.to(self.device, torch.float32)
         return found
 
     def token_table(self, encoder: str) -> nn.Embedding:

@@ -101,6 +101,7 @@ def join(first: Condition, second: Condition) -> Condition:
         states=torch.cat([first.states, second.states]),
         pooled=pooled,
         masks={name: torch.cat([m, second.masks[name]]) for name, m in first.masks.items()},
+        written=None,
     )
 
 
@@ -117,6 +118,7 @@ def repeat(condition: Condition, n: int) -> Condition:
         states=condition.states.expand(n, -1, -1),
         pooled=None if pooled is None else pooled.expand(n, -1),
         masks={name: mask.expand(n, -1) for name, mask in condition.masks.items()},
+        written=None,
     )
 
 

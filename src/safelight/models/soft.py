@@ -24,7 +24,7 @@ Soft = Mapping[str, Float[Tensor, "_ _"]]  # encoder -> (tokens, dims)
 
 
 @dataclass(frozen=True)
-class Written:
+class Placed:
     """A text as token ids, with the positions at which embeddings are to stand."""
 
     ids: tuple[int, ...]
@@ -37,35 +37,60 @@ def without(text: str) -> str:
     return " ".join(text.replace(PLACEHOLDER, " ").split()) if PLACEHOLDER in text else text
 
 
-def write(tokenizer: Any, text: str, slots: int, length: int) -> Written:
-    """A text's ids, with `slots` positions at every placeholder, padded to `length`.
+def write(
+    tokenizer: Any, text: str, slots: int, length: int, front: int = 0, behind: int = 0
+) -> Placed:
+    """A text's ids, with positions for embeddings, padded to `length`.
+
+    Args:
+        tokenizer: The encoder's.
+        text: The text.
+        slots: Positions at every placeholder; with 0 a placeholder is text like any other.
+        length: What the encoder reads, marks included.
+        front: Positions before the text.
+        behind: Positions after it. With either, a text that is too long is cut, and so are the
+            embeddings in it, so that what was put around it stays.
 
     Raises:
         BadInput: No placeholder, or the embeddings do not fit into what the encoder reads.
     """
-    pieces = text.split(PLACEHOLDER)
-    if len(pieces) == 1:
+    pieces = text.split(PLACEHOLDER) if slots else [text]
+    if slots and len(pieces) == 1:
         raise BadInput(
             f"learnt embeddings need a {PLACEHOLDER!r} in the prompt, not {text[:60]!r}."
         )
     *start, end = tokenizer("").input_ids
     any_word = next(i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids)
-    ids: list[int] = list(start)
-    at: list[int] = []
+    ids: list[int] = []
+    own: list[int] = []
     for number, piece in enumerate(pieces):
         if number:
-            at += range(len(ids), len(ids) + slots)
+            own += range(len(ids), len(ids) + slots)
             ids += [any_word] * slots  # overwritten by the embeddings
         if piece.strip():
-            ids += tokenizer(piece, add_special_tokens=False).input_ids
-    if max(at) > length - 2:
+            ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+    around = len(start) + front + behind + 1
+    room = length - around
+    if room < 0:
         raise BadInput(
-            f"{slots} learnt embeddings end at token {max(at) + 1} of {text[:60]!r}; "
-            f"the encoder reads {length - 1} and an end mark."
+            f"{front + behind} embeddings around the prompt do not fit; the encoder reads {length} "
+            "tokens with its marks."
         )
-    ids = [*ids[: length - 1], end]
+    if own and not (front or behind) and max(own) >= room:
+        raise BadInput(
+            f"{slots} learnt embeddings end at token {len(start) + max(own) + 1} of "
+            f"{text[:60]!r}; the encoder reads {length - 1} and an end mark."
+        )
+    ids = ids[:room]
+    before = len(start) + front
+    at = [
+        *range(len(start), before),
+        *(before + place for place in own if place < room),
+        *range(before + len(ids), before + len(ids) + behind),
+    ]
+    ids = [*start, *[any_word] * front, *ids, *[any_word] * behind, end]
     padding = [tokenizer.pad_token_id] * (length - len(ids))
-    return Written((*ids, *padding), len(ids), tuple(at))
+    return Placed((*ids, *padding), len(ids), tuple(at))
 
 
 @contextmanager

@@ -120,6 +120,10 @@ class Descent(ABC):
         """The number of epochs on a model."""
         return self.epochs or 1
 
+    def optimiser(self, parameters: list[Any], lr: float) -> torch.optim.Optimizer:
+        """AdamW, unless a method was published with another."""
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=self.decay)
+
     def start(self, loan: Loan, rng: torch.Generator) -> None:  # noqa: B027  may stay empty
         """A last word before the first step."""
 
@@ -205,7 +209,7 @@ def _descend(
 ) -> _Run:
     """AdamW on the method's loss, an epoch at a time, until it stops paying."""
     parameters = list(loan.parameters.values())
-    adam = torch.optim.AdamW(parameters, lr=method.rate(model), weight_decay=method.decay)
+    adam = method.optimiser(parameters, method.rate(model))
     epochs = method.passes(model)
     total = epochs * method.steps(material)
 

@@ -1,0 +1,6 @@
+"""Lets tests of guards share `filters`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
