@@ -84,7 +84,8 @@ def main() -> None:
     done = given.output / "variants.jsonl"
     for name in given.only or VARIANTS:
         settings = VARIANTS[name]
-        row = measure(replace(method, **settings), model, slimmed(material, settings), apart, given.seed)
+        own = slimmed(material, settings, {p.text for p in seen}, set(safe.texts))
+        row = measure(replace(method, **settings), model, own, apart, given.seed)
         row = {"variant": name, "seed": given.seed, "settings": settings, **row}
         with done.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -93,29 +94,42 @@ def main() -> None:
 
 def measure(method: Sanitizer, model, material: Material, apart: Material, seed: int) -> dict:
     """Learn, and measure on unseen words and on unseen sentences."""
+    with method.lend(model, torch.Generator().manual_seed(seed)):  # it starts as the identity
+        before = [method.check(model, one)["L_map"] for one in (apart, material)]
     start = time.perf_counter()
     guard = method.train(model, material, seed=seed)
     seconds = time.perf_counter() - start
     words, sentences = guard.check(model, apart), guard.check(model, material)
-    before = method.untouched(model, apart), method.untouched(model, material)
     return {
-        "left_words": words["L_map"] / before[0],
-        "left_sentences": sentences["L_map"] / before[1],
-        "benign": words["L_id"],
-        "found_words": words["found"],
-        "found_sentences": sentences["found"],
-        "false": words["false"],
-        "margin": words["margin"],
+        "left_words": round(words["L_map"] / before[0], 4),
+        "left_sentences": round(sentences["L_map"] / before[1], 4),
+        "benign": round(words["L_id"], 5),
+        "found_words": round(words["found"], 3),
+        "found_sentences": round(sentences["found"], 3),
+        "false": round(words["false"], 4),
+        "margin": round(words["margin"], 3),
         "seconds": round(seconds, 1),
         "parameters": guard.fitted_.info["cost"]["parameters"],
     }
 
 
-def slimmed(material: Material, settings: dict) -> Material:
+def slimmed(material: Material, settings: dict, targets: set[str], benign: set[str]) -> Material:
     """The same readings without the parts that a variant does not learn from."""
-    extra = len(material.nearby_pairs) if settings.get("nearby") == 0 else 0
-    swapped = len(material.variants) if settings.get("variants") == 0 else 0
-    return material.without(extra, swapped)
+    n = material.learnt
+    keep = list(range(n))
+    if settings.get("nearby") == 0:
+        keep = [i for i in keep if material.pairs[i].target in targets]
+    rows = torch.tensor([*keep, *range(n, len(material.pairs))])
+    kept = material.benign
+    if settings.get("variants") == 0:
+        kept = tuple(text for text in kept if not text or text in benign)
+    return replace(
+        material,
+        pairs=tuple(material.pairs[i] for i in rows.tolist()),
+        learnt=len(keep),
+        benign=kept,
+        beside={name: one[rows] for name, one in material.beside.items()},
+    )
 
 
 def test_words() -> tuple[str, ...]:

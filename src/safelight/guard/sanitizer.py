@@ -37,6 +37,7 @@ Needs pairs of prompts; no pictures, no gradients of the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -163,6 +164,10 @@ class Sanitizer(TrainedGuard):
         for name in ("depth", "heads", "contexts"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("dropout", "noise", "nearby", "variants", "identity", "label"):
+            value, most = getattr(self, name), 1.0 if name == "dropout" else math.inf
+            if not 0 <= value < most:
+                raise BadInput(f"{name} must be 0 or more and below {most:g}, not {value}.")
         for template in self.templates:
             if "{}" not in template:
                 raise BadInput(f"the template {template!r} has no {{}} for the concept.")
@@ -333,12 +338,16 @@ class Sanitizer(TrainedGuard):
         E, mask = m.tau(said)[piece].states, m.mask(encoder, said)
         beside = m.beside[encoder][batch.rows].to(E.device)
         goal = torch.cat([_placed(E[n : 2 * n], beside.goal, bool(whole)), E[n:]])
+        target, counts = beside.target, E.new_ones(1)
+        if not whole:  # most of a text is padding, and a few places of it say what all say
+            places, counts = thinned(mask)
+            E, goal, mask, target = (x[:, places] for x in (E, goal, mask, target))
         x = E if rng is None else _disturbed(E, self.dropout, self.noise, rng)
         s, D = self._seen(piece, x, mask)
         E_hat = fused(E, self._strength(piece, s, mask, 1.0), D)
-        apart = (E_hat - goal).square().sum(-1).mean(1) / m.scale[piece]
+        apart = (E_hat - goal).square().sum(-1) @ counts / counts.sum() / m.scale[piece]
         own = scored(mask, self.starts_[encoder], E.shape[1])
-        y, counted = self._labels(E[:n], goal[:n], beside.target, own, bool(whole))
+        y, counted = self._labels(E[:n], goal[:n], target, own, bool(whole))
         top = s.amax(1)
         return {
             "L_map": apart[:n].mean(),
@@ -546,6 +555,23 @@ def scored(
     own = mask.bool() & some
     own[:, :start] = False
     return own
+
+
+def thinned(
+    mask: Int[Tensor, "batch token"], kept: int = 3
+) -> tuple[Int[Tensor, " place"], Float[Tensor, " place"]]:
+    """All places up to the longest text's end, and a few after it that stand for the rest.
+
+    Returns:
+        The places, and how many each stands for.
+    """
+    tokens, longest = mask.shape[1], int(mask.sum(1).max())
+    after = min(kept, tokens - longest)
+    places = list(range(longest))
+    places += [longest + (2 * i + 1) * (tokens - longest) // (2 * after) for i in range(after)]
+    counts = torch.ones(len(places))
+    counts[longest:] = (tokens - longest) / max(after, 1)
+    return torch.tensor(places, device=mask.device), counts.to(mask.device)
 
 
 def with_padding(

@@ -94,7 +94,7 @@ def concept_list(values: Sequence[str]) -> tuple[str, ...]:
     for value in values:
         entries += _rows(Path(value)) if value.strip().lower().endswith(".csv") else [value]
     found = [_entry(text, number) for number, text in enumerate(entries, start=1)]
-    for target, n in Counter(entry.partition(BETWEEN)[0] for entry in found).items():
+    for target, n in Counter(entry.partition(BETWEEN)[0].lower() for entry in found).items():
         if n > 1:
             raise BadInput(
                 f"the concept list names the target {target.strip()!r} {n} times; keep one entry."
@@ -128,8 +128,8 @@ def check_tokens(model: TextToImage, pairs: Iterable[Pair], encoders: Sequence[s
     for encoder in encoders:
         tokenizer = model.tokenizers[encoder]
         nothing = tokenizer("").input_ids
-        targets = tokenizer([one.target for one in seen]).input_ids
-        anchors = tokenizer([one.anchor for one in seen]).input_ids
+        targets = tokenizer([one.target for one in seen], verbose=False).input_ids
+        anchors = tokenizer([one.anchor for one in seen], verbose=False).input_ids
         for one, target, anchor in zip(seen, targets, anchors, strict=True):
             for text, ids in ((one.target, target), (one.anchor, anchor)):
                 if ids == nothing:
