@@ -135,4 +135,13 @@ def test_part_of_a_set_says_so_in_its_name():
 
 
 def test_the_table_names_every_part_of_the_emoji_world():
-    assert len(TABLE) == 27 and list(TABLE) == sorted(TABLE)
+    assert len(TABLE) == 31 and list(TABLE) == sorted(TABLE)
+
+
+def test_all_categories_come_in_turns_with_their_own_ids_and_categories():
+    one = PromptSet.load("emoji/all/test").take(12)
+    assert one.categories == ("alcohol", "death", "drugs", "gesture", "gore", "weapons")
+    assert [p.category for p in one][:6] == [p.category for p in one][6:]
+    parts = {p.id: p for c in one.categories for p in PromptSet.load(f"emoji/{c}/test")}
+    whole = PromptSet.load("emoji/all/test")
+    assert len(whole) == len(parts) and all(parts[p.id] == p for p in whole)

@@ -92,8 +92,9 @@ def _weights() -> Iterator[Finding]:
     world = Path(str(files("safelight") / "world"))
     has = (world / "model" / "model_index.json").is_file()
     yield Finding("emoji-world", "installed" if has else "missing", has, fix)
-    sets = [name for name, path in table("prompts").items()
-            if not Path(str(files("safelight") / path)).is_file()]  # fmt: skip
+    inside = Path(str(files("safelight")))
+    sets = [name for name, paths in table("prompts").items()
+            if not all((inside / path).is_file() for path in paths.split())]  # fmt: skip
     total = len(table("prompts"))
     yield Finding("prompt sets", f"{total - len(sets)} of {total}", not sets, fix)
 

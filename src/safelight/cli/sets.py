@@ -16,7 +16,7 @@ SAFE = f"{WORLD}/safe/train"
 def categories() -> list[str]:
     """The built-in unsafe categories."""
     parts = [name.split("/") for name in table("prompts")]
-    return sorted({p[1] for p in parts if p[0] == WORLD and p[2:] == ["train"]} - {"safe"})
+    return sorted({p[1] for p in parts if p[0] == WORLD and p[2:] == ["train"]} - {"all", "safe"})
 
 
 def words(values: Sequence[str]) -> list[str]:

@@ -15,6 +15,12 @@ _EMOJI = (
     "emoji/safe/train",
 )
 
-TABLE = {name: f"world/prompts/{name}.csv" for name in sorted(_EMOJI)}
+# All unsafe categories in turns, so that the first few prompts of such a set have every category.
+_ALL = {
+    f"emoji/all/{part}": " ".join(f"world/prompts/emoji/{c}/{part}.csv" for c in _CATEGORIES)
+    for part in _PARTS
+}
+
+TABLE = dict(sorted({**_ALL, **{name: f"world/prompts/{name}.csv" for name in _EMOJI}}.items()))
 
 __all__ = ["TABLE", "PromptSet"]

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ class PromptSet:
         name = str(name)
         known = table("prompts")
         if name in known:
-            return cls.of(_rows(Path(str(files("safelight") / known[name]))), name, source=name)
+            parts = [_rows(Path(str(files("safelight") / one))) for one in known[name].split()]
+            return cls.of(_in_turns(parts), name, source=name)
         path = Path(name).expanduser()
         if path.suffix.lower() in _FORMATS:
             return cls.of(_rows(path), path.stem, source=path.name)
@@ -125,6 +127,12 @@ class PromptSet:
         if inside:
             raise NotFound(f"no prompts named {name!r}. Choose from: {', '.join(inside)}.")
         raise NotFound(f"{unknown('prompts', name, known)} A file needs to end in .csv or .jsonl.")
+
+
+def _in_turns(parts: Sequence[Iterable[Any]]) -> Iterator[Any]:
+    """The first of each part, then the second of each, and so on."""
+    for round_ in zip_longest(*parts):
+        yield from (row for row in round_ if row is not None)
 
 
 def _row(prompt: Prompt) -> dict[str, Any]:
