@@ -67,7 +67,8 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
 
     model = load("emoji-world")
-    method = Sanitizer(epochs=given.epochs, contexts=given.contexts, avoid=test_words())
+    tests = tuple(name for name in table("prompts") if not name.endswith("/train"))
+    method = Sanitizer(epochs=given.epochs, contexts=given.contexts, avoid=tests)
     seen, unseen = unseen_words(given.seed)
     safe = PromptSet.load("emoji/safe/train")
     data = TextData(safe=safe, unsafe=PromptSet("seen", tuple(seen)))
@@ -75,12 +76,13 @@ def main() -> None:
     method = replace(method, avoid=(*method.avoid, *banned))
     material = method.gather(model, data, seed=given.seed)
     some = [unseen[i] for i in range(0, len(unseen), max(1, len(unseen) // 160))]
-    apart = remembered(
-        model, method.reads(model), (), of_prompts(some), ("",), material.held
-    )
+    apart = remembered(model, method.reads(model), (), of_prompts(some), ("",), material.held)
     apart = replace(apart, scale=material.scale)
-    print(f"{material.learnt} pairs, {len(some)} with unseen words, {len(material.nearby)} "
-          f"neighbour words: {', '.join(material.nearby[:40])}", flush=True)
+    print(
+        f"{material.learnt} pairs, {len(some)} with unseen words, {len(material.nearby)} "
+        f"neighbour words: {', '.join(material.nearby[:40])}",
+        flush=True,
+    )
     done = given.output / "variants.jsonl"
     for name in given.only or VARIANTS:
         settings = VARIANTS[name]
@@ -132,15 +134,6 @@ def slimmed(material: Material, settings: dict, targets: set[str], benign: set[s
     )
 
 
-def test_words() -> tuple[str, ...]:
-    """Words of test prompts that training prompts lack."""
-    sets = {"train": set(), "test": set()}
-    for name in table("prompts"):
-        side = "train" if name.endswith("/train") else "test"
-        sets[side] |= {word for text in PromptSet.load(name).texts for word in words(text)}
-    return tuple(sorted(word for word in sets["test"] - sets["train"] if len(word) > 2))
-
-
 def unseen_words(seed: int) -> tuple[list[Prompt], list[Prompt]]:
     """Training prompts, and those whose target shares no word with any other of its concept."""
     rng = torch.Generator().manual_seed(seed)
@@ -156,9 +149,7 @@ def unseen_words(seed: int) -> tuple[list[Prompt], list[Prompt]]:
     left = {word for phrase in out for word in words(phrase)}
     print("unseen:", ", ".join(sorted(out)))
     held = [p for p in prompts if pair(p.text, p.safe_prompt).phrase in out]
-    return [
-        p for p in prompts if not left & set(words(pair(p.text, p.safe_prompt).phrase))
-    ], held
+    return [p for p in prompts if not left & set(words(pair(p.text, p.safe_prompt).phrase))], held
 
 
 def connected(phrases: list[str]) -> list[set[str]]:

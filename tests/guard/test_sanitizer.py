@@ -223,7 +223,9 @@ def test_it_starts_as_the_identity(estimate):
 def test_the_scores_that_are_shown_are_those_that_were_used(tiny_model):
     guard = awake(tiny_model, alpha=0.7)
     before, after = edited(tiny_model, guard)
-    shown = {(one.prompt, one.reads): one for one in explained(Guarded(tiny_model, [guard]), PROMPTS)}
+    shown = {
+        (one.prompt, one.reads): one for one in explained(Guarded(tiny_model, [guard]), PROMPTS)
+    }
     new = pieces(after)
     for name, E in pieces(before).items():
         encoder, _, whole = name.partition(".")

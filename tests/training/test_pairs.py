@@ -74,8 +74,8 @@ def test_alignment_fits_real_tokenizers(tiny_model):
         for row in range(2):
             same = one.goal[row][~one.target[row]][: int(u[1][row].sum())]
             own = u[0][row][~one.target[row]][: len(same)]
-            shared = a[0][row][same] == own
-            assert shared.float().mean() >= 0.9  # all but an article
+            wrong = a[0][row][same] != own
+            assert wrong.sum() <= 1  # an article at most
 
 
 def test_a_pair_knows_the_words_in_which_it_differs():

@@ -38,8 +38,10 @@ Needs pairs of prompts; no pictures, no gradients of the model.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -53,7 +55,9 @@ from safelight.guard.base import name_of
 from safelight.guard.explain import POOLED, TokenScores, words_of
 from safelight.guard.trained import TrainedGuard
 from safelight.models.base import TextToImage
-from safelight.training.augment import Neighbours, exchanged, neighbours
+from safelight.names import table
+from safelight.prompts import PromptSet
+from safelight.training.augment import exchanged, neighbours
 from safelight.training.data import TextData
 from safelight.training.descent import Loss
 from safelight.training.embedding import Reference, remember
@@ -110,7 +114,8 @@ class Sanitizer(TrainedGuard):
         contexts: Pairs to learn from, at most.
         nearby: Copies of the pairs with a neighbour of the target in its place.
         variants: Copies of the benign prompts with words exchanged for harmless ones.
-        avoid: Words that neither may use, such as those of a test.
+        avoid: Words that neither may use; the name of a prompt set stands for its words, so that
+            what is tested later is not learnt by chance.
         dropout: Share of the inputs that is dropped while learning.
         noise: Size of noise on the inputs while learning, as a share of them.
     """
@@ -291,7 +296,7 @@ class Sanitizer(TrainedGuard):
             self.reads(model)[0],
             [p.phrase for p in pairs],
             [*safe, *(p.anchor for p in pairs)],
-            self.avoid,
+            _avoided(self.avoid),
             rng,
         )
         able = [p for p in pairs if p.phrase in known.near]
@@ -542,9 +547,7 @@ class Block(nn.Module):
         return h + self.mlp(h)
 
 
-def scored(
-    mask: Int[Tensor, "batch _"], start: int, tokens: int
-) -> Bool[Tensor, "batch {tokens}"]:
+def scored(mask: Int[Tensor, "batch _"], start: int, tokens: int) -> Bool[Tensor, "batch {tokens}"]:
     """Which tokens have a score: content and end mark, but nothing of a text without content.
 
     A pooled vector (`tokens` is 1) has one if its text has content.
@@ -605,6 +608,16 @@ def fused(
 def _key(piece: str) -> str:
     """A tensor's name as torch allows it for a module."""
     return piece.replace(".", "_")
+
+
+def _avoided(entries: Sequence[str]) -> tuple[str, ...]:
+    """Words as they are, prompt sets and files as the words in them."""
+    found = []
+    for entry in entries:
+        is_set = entry in table("prompts") or Path(entry).suffix in (".csv", ".jsonl", ".parquet")
+        texts = PromptSet.load(entry).texts if is_set else (entry,)
+        found += [word for text in texts for word in re.findall("[a-z]{3,}", text.lower())]
+    return tuple(dict.fromkeys(found))
 
 
 def _starts(model: TextToImage) -> dict[str, int]:
