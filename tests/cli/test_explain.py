@@ -112,6 +112,15 @@ def test_a_bad_concept_list_leaves_nothing_behind(folder, tmp_path, text, says):
     assert [path.name for path in tmp_path.iterdir()] == ["c.csv"]
 
 
+def test_an_unknown_fusion_is_refused(folder, tmp_path):
+    for pair in ("fusion=max", "estimate=max", "supervise=max"):
+        done = run(
+            *("align", "sanitizer", "tiny-sd1", "--set", f"concepts={folder / 'concepts.csv'}"),
+            *("--safe", folder / "safe.csv", "--set", pair, "-o", tmp_path / "g"),
+        )
+        assert done.exit_code == 2 and "no choice named 'max'" in " ".join(done.stderr.split())
+
+
 def test_prompts_without_safe_counterparts_are_refused(folder, tmp_path):
     (tmp_path / "knives.csv").write_text("prompt,category\na knife,sharp\na long knife,sharp\n")
     done = run(

@@ -19,6 +19,7 @@ SAFE = [f"a {c} {thing} {where}" for c in ("red", "blue", "big") for thing in ("
         for where in ("in a park", "on the sea", "with a dog")]  # fmt: skip
 PLACES = ("in a park", "on the sea", "with a dog", "and a red car", "at night", "on a street")
 FAST = dict(epochs=3, batch=16, nearby=0.0, variants=0.0)
+WELL = FAST | dict(epochs=40, lr=3e-3, depth=1, label=1.0, dropout=0.0, noise=0.0)
 
 
 def unsafe(rows=None):
@@ -33,7 +34,7 @@ def unsafe(rows=None):
 
 @pytest.fixture(scope="module")
 def data():
-    return TextData(safe=PromptSet.of(SAFE, "safe"), unsafe=unsafe(), validation=0.2)
+    return TextData(safe=PromptSet.of(SAFE, "safe"), unsafe=unsafe(), validation=0.04)
 
 
 def awake(model, **settings):
@@ -121,9 +122,7 @@ def test_scores_stay_between_0_and_1_and_nothing_else_has_one(tiny_model):
 @pytest.fixture(scope="module")
 def learnt(tiny_sd1, data):
     """One that has learnt well, from two targets."""
-    return Sanitizer(**FAST | {"epochs": 40, "lr": 3e-3}, depth=1, width=32, label=1.0).fit(
-        tiny_sd1, data
-    )
+    return Sanitizer(**WELL | {"epochs": 80, "depth": 2}, width=64).fit(tiny_sd1, data)
 
 
 def top(model, guard, prompts):
@@ -332,10 +331,14 @@ def test_tokens_before_the_first_harmful_one_stay(tiny_sd1, learnt):
 
 
 def test_it_learns_on_every_family(tiny_model, data):
-    guard = Sanitizer(**FAST | {"epochs": 40, "lr": 3e-3}, width=32, depth=1).fit(tiny_model, data)
-    first, last = guard.fitted_.info["pareto"][0], guard.fitted_.info["pareto"][-1]
-    assert last["L_map"] < 0.9 * first["L_map"] and last["L_id"] < 0.5 * first["L_map"]
-    assert last["margin"] > first["margin"] + 0.1
+    """Random encoders say nothing that carries over, so this is about the pairs learnt from."""
+    guard = Sanitizer(**WELL, width=32).fit(tiny_model, data)
+    history = guard.fitted_.info["history"]
+    first, last = (
+        {name: sum(row[name] for row in rows) / len(rows) for name in ("L_map", "L_score")}
+        for rows in (history[:4], history[-4:])
+    )
+    assert last["L_map"] < 0.8 * first["L_map"] and last["L_score"] < 0.7 * first["L_score"]
     assert set(guard.fitted_.info["tensors"]) == set(pieces(tiny_model.encode([""])))
 
 
@@ -344,9 +347,9 @@ def test_it_moves_targets_to_their_anchors_and_leaves_benign_prompts(tiny_sd1, l
     targets, anchors = rows.texts[:6], [one.safe_prompt for one in rows][:6]  # as many tokens
     before, after = edited(tiny_sd1, learnt, list(targets))
     goal = tiny_sd1.encode(anchors).states
-    assert (after.states - goal).norm() < 0.5 * (before.states - goal).norm()
+    assert (after.states - goal).norm() < 0.8 * (before.states - goal).norm()
     before, after = edited(tiny_sd1, learnt, SAFE)
-    assert (after.states - before.states).norm() < 0.1 * (before.states - before.states[0]).norm()
+    assert (after.states - before.states).norm() < 0.02 * (before.states - before.states[0]).norm()
 
 
 def test_the_same_seed_learns_the_same_and_the_folder_keeps_it(tiny_sd1, data, tmp_path):
@@ -402,9 +405,6 @@ def test_another_encoder_or_width_is_refused(tiny_sd1, tiny_sdxl):
         ({"concepts": ("knife > horse", "knife > dog")}, "'knife' 2 times"),
         ({"concepts": ("knife >",)}, "entry 1"),
         ({"templates": ("a photo",)}, "has no {}"),
-        ({"fusion": "max"}, "fusion"),
-        ({"estimate": "x"}, "estimate"),
-        ({"supervise": "x"}, "supervise"),
         ({"depth": 0}, "depth must be at least 1"),
         ({"contexts": 0}, "contexts must be at least 1"),
         ({"dropout": 1.0}, "dropout"),

@@ -345,7 +345,7 @@ class Sanitizer(TrainedGuard):
         goal = torch.cat([_placed(E[n : 2 * n], beside.goal, bool(whole)), E[n:]])
         target, counts = beside.target, E.new_ones(1)
         if not whole:  # most of a text is padding, and a few places of it say what all say
-            places, counts = thinned(mask)
+            places, counts = thinned(mask, rng)
             E, goal, mask, target = (x[:, places] for x in (E, goal, mask, target))
         x = E if rng is None else _disturbed(E, self.dropout, self.noise, rng)
         s, D = self._seen(piece, x, mask)
@@ -561,20 +561,29 @@ def scored(mask: Int[Tensor, "batch _"], start: int, tokens: int) -> Bool[Tensor
 
 
 def thinned(
-    mask: Int[Tensor, "batch token"], kept: int = 3
+    mask: Int[Tensor, "batch token"], rng: torch.Generator | None, kept: int = 4
 ) -> tuple[Int[Tensor, " place"], Float[Tensor, " place"]]:
     """All places up to the longest text's end, and a few after it that stand for the rest.
+
+    Args:
+        rng: Draws those few, so that in time all are seen; None spaces them evenly.
 
     Returns:
         The places, and how many each stands for.
     """
-    tokens, longest = mask.shape[1], int(mask.sum(1).max())
-    after = min(kept, tokens - longest)
-    places = list(range(longest))
-    places += [longest + (2 * i + 1) * (tokens - longest) // (2 * after) for i in range(after)]
+    longest = int(mask.sum(1).max())
+    rest = mask.shape[1] - longest
+    few = min(kept, rest)
+    after = torch.randperm(rest, generator=rng)[:few].sort()[0] if rng else evenly(rest, few)
+    places = torch.cat([torch.arange(longest), longest + after])
     counts = torch.ones(len(places))
-    counts[longest:] = (tokens - longest) / max(after, 1)
-    return torch.tensor(places, device=mask.device), counts.to(mask.device)
+    counts[longest:] = rest / max(few, 1)
+    return places.to(mask.device), counts.to(mask.device)
+
+
+def evenly(n: int, few: int) -> Int[Tensor, " place"]:
+    """`few` of `n` places at equal distances."""
+    return (2 * torch.arange(few) + 1) * n // max(2 * few, 1)
 
 
 def with_padding(
