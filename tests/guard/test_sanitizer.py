@@ -322,9 +322,10 @@ def test_strength_follows_a_score_to_all_that_has_seen_it():
 
 
 def test_tokens_before_the_first_harmful_one_stay(tiny_sd1, learnt):
-    before, after = edited(tiny_sd1, learnt, ["the dog and a red car with a small knife"])
+    before, after = edited(tiny_sd1, learnt, ["a green bomb on the sea"])
     shift = (after.states - before.states).norm(dim=-1)[0]
-    assert shift[9:].min() > 10 * shift[1:4].max()
+    at = 6  # the start mark, "a", and "green" in four pieces come before it
+    assert shift[at:].min() > 10 * shift[:at].max()
 
 
 # learning
