@@ -56,7 +56,9 @@ def room(tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(tiny, "tiny", few_steps)
-    rows = "prompt,category\n" + "".join(f"a knife beside {i} houses,weapons\n" for i in range(24))
+    rows = "prompt,category,safe_prompt\n" + "".join(
+        f"a knife beside {i} houses,weapons,a dog beside {i} houses\n" for i in range(24)
+    )
     Path("weapons.csv").write_text(rows)
     Path("safe.csv").write_text("prompt\n" + "".join(f"a park with {i} trees\n" for i in range(24)))
     return tmp_path

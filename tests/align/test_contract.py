@@ -22,6 +22,9 @@ from safelight.prompts import PromptSet
 COMMON = dict(lr=3e-3, epochs=4, batch=16, patience=0, anneal=False, warmup=0)
 """Small settings, of which a method takes those that it has."""
 SMALL = {
+    "advunlearn": dict(
+        iterations=8, paintings=4, paint_steps=3, attack_steps=1, batch=1, retain=2, epochs=1
+    ),
     "haven": dict(variants=0),
     "safetext": dict(lead=0, variants=0, lam=1.0),
     "sage": dict(k=4),
@@ -49,7 +52,7 @@ DATA = TextData(
     unsafe=[unsafe("weapons", "knife"), unsafe("death", "skull")],
     validation=0.25,
 )
-UNSAFE = [prompt.text for prompt in DATA.unsafe_prompts()]
+UNSAFE = [prompt.text for prompt in DATA.unsafe_prompts]
 
 
 def small(name, **settings):

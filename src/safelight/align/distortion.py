@@ -70,7 +70,7 @@ class Distortion(TextSide):
     def gather(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
         """The split, the original reading of every prompt, directions and targets."""
         split, encoders = data.split(seed), self.chosen(model)
-        concepts = named(data.unsafe_prompts(), self.concepts)
+        concepts = named(data.unsafe_prompts, self.concepts)
         unsafe = (*split.unsafe, *split.unsafe_check)
         safe = (*split.safe, *split.safe_check)
         tau = remember(model, ["", *concepts.values(), *texts(safe), *texts(unsafe)], encoders)

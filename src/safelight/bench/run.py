@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from safelight.attack.base import Attack
-from safelight.bench import attacked
+from safelight.bench import attacked, explained
 from safelight.bench import records as rows
 from safelight.bench import settings as written
 from safelight.bench.figures import figures
@@ -152,8 +152,11 @@ def evaluate(
                 reuse(Path(base), out, settings, store=image_store)
         with _shown(progress) as show:
             cost = _work(task, show, visible=progress is True)
+        told = explained.sample(task.protected, task.prompts)
     with writing(out):
         run = Run(out)
+        if told:
+            rows.write_json(out / explained.FILE, told)
         rows.write_json(out / "values.json", figures(run.settings, run.records))
         if cost["pictures"] or not (out / "cost.json").exists():
             rows.write_json(out / "cost.json", cost)

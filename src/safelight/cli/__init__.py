@@ -16,6 +16,7 @@ from safelight.cli import (
     demo,
     doctor,
     evaluate,
+    explain,
     export,
     generate,
     judge,
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate.evaluate,
     "bench": bench.bench,
     "report": report.report,
+    "explain": explain.explain,
     "export": export.export,
     "doctor": doctor.doctor,
 }

@@ -26,12 +26,13 @@ def align(
     ],
     model: Annotated[str, typer.Argument(help="A built-in name, a diffusers folder or a hub id.")],
     unsafe: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
-            help="What to remove: categories such as weapons,gore, 'all', or a prompt file.",
+            help="What to remove: categories such as weapons,gore, 'all', or a prompt file. "
+            "Required, unless --set concepts=FILE.csv says it.",
             show_default=False,
         ),
-    ],
+    ] = None,
     safe: Annotated[
         list[str] | None,
         typer.Option(help="What must stay: a prompt set or file. [default: emoji/safe/train]"),
@@ -48,9 +49,11 @@ def align(
     json: Json = False,
 ) -> None:
     """Learn what makes a model safer, a patch or a guard, and save it as a folder."""
-    unsafe_sets = sets.unsafe(unsafe)
+    listed = any(pair.partition("=")[0].strip() == "concepts" for pair in set_ or [])
+    unsafe_sets = [] if listed and not unsafe else sets.unsafe(unsafe or [])
     safe_sets = sets.safe(safe or [], unsafe_sets)
-    path = output or Path(f"{method}-{'-'.join(_short(one.name) for one in unsafe_sets)}")
+    names = [_short(one.name) for one in unsafe_sets] or ["concepts"]
+    path = output or Path("-".join([method, *names]))
     if path.exists() and not force:
         raise BadInput(f"{path} exists; name another folder with -o, or replace it with --force.")
     learnt = learn(method, model, unsafe_sets, safe_sets, set_ or [], seed)

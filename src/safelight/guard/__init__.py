@@ -2,6 +2,7 @@
 
 TABLE = {
     "safeguider": "safelight.guard.safeguider:SafeGuider",
+    "sanitizer": "safelight.guard.sanitizer:Sanitizer",
     "screen": "safelight.guard.screen:Screen",
     "soft_prompt": "safelight.guard.soft_prompt:SoftPrompt",
     "text_probe": "safelight.guard.text_probe:TextProbe",

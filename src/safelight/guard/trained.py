@@ -83,9 +83,20 @@ class TrainedGuard(Descent, Guard):
             BadInput: The data cannot be learnt from.
             WorkFailed: The loss is no longer a number.
         """
-        new, meter = copy.copy(self), Meter(model.device)
-        material = new.gather(model, data, seed=seed)
-        found = new.descend(model, material, seed=seed, watch=watch, meter=meter)
+        meter = Meter(model.device)
+        material = self.gather(model, data, seed=seed)
+        return self.train(model, material, seed=seed, watch=watch, meter=meter)
+
+    def train(
+        self, model: TextToImage, material: Any, *, seed: int = 0, **descent: Any
+    ) -> TrainedGuard:
+        """`fit` on what `gather` returned, so that several runs can share it.
+
+        Args:
+            descent: `watch`, `meter`, `until` as for `descend`.
+        """
+        new = copy.copy(self)
+        found = new.descend(model, material, seed=seed, **descent)
         return new._with(
             Fitted(
                 weights=found.learnt.full,

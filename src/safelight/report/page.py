@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 import safelight
 from safelight.errors import WorkFailed
-from safelight.report import charts, pictures, summary, words
+from safelight.report import charts, pictures, summary, tokens, words
 from safelight.report.commands import commands
 from safelight.report.run import Run, read_all
 
@@ -98,7 +98,18 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         "commands": {run.label: commands(run) for run in runs},
         "meanings": _meanings(runs),
         "attacks": summary.attacks(runs, judges[0]),
+        "explained_prompts": _explained(runs),
     }
+
+
+def _explained(runs: Sequence[Run]) -> list[tuple[Run, str, list[list[tokens.Line]]]]:
+    """For each run and prompt set, a few prompts with the token scores of the run's guards."""
+    found = []
+    for run in runs:
+        for one in dict.fromkeys(row["prompts"] for row in run.tokens):
+            rows = [row for row in run.tokens if row["prompts"] == one]
+            found.append((run, one, list(tokens.by_prompt(rows).values())))
+    return found
 
 
 def _title(runs: Sequence[Run]) -> str:

@@ -30,6 +30,7 @@ class Run:
         cost: `cost.json`; empty if the run has none.
         records: The rows of `records.jsonl` that are about the prompts as they are.
         attacks: Figures of the run's attacks.
+        tokens: Token scores of a few prompts, where a guard has them.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class Run:
     cost: Row
     records: Sequence[Record]
     attacks: Sequence[Row] = ()
+    tokens: Sequence[Row] = ()
 
     @property
     def patches(self) -> Sequence[Row]:
@@ -100,7 +102,8 @@ def read_all(folders: Sequence[Path]) -> tuple[Run, ...]:
     )
 
 
-def _read(folder: Path) -> tuple[Row, Sequence[Row], Row, Sequence[Record], Sequence[Row]]:
+def _read(folder: Path) -> tuple[Any, ...]:
+    """Everything after the label, in the order of `Run`."""
     if not (folder / "run.json").is_file():
         raise NotFound(f"{folder} is not a run folder: it has no run.json.")
     if not (folder / "values.json").is_file():
@@ -113,7 +116,8 @@ def _read(folder: Path) -> tuple[Row, Sequence[Row], Row, Sequence[Record], Sequ
     plain = [row for row in values if row.get("attack", REPLAY) == REPLAY]
     attacks = [row for row in values if row.get("attack", REPLAY) != REPLAY]
     painted = [record for record in records.read(folder) if record.attack == REPLAY]
-    return _json(folder / "run.json"), plain, cost, painted, attacks
+    tokens = _json(folder / "tokens.json") if (folder / "tokens.json").is_file() else ()
+    return _json(folder / "run.json"), plain, cost, painted, attacks, tokens
 
 
 def _json(path: Path) -> Any:

@@ -1,16 +1,24 @@
 """Variants of prompts: words exchanged for random words that the tokenizer knows.
 
 A list of safe prompts is short; what it does not mention is free to drift. Variants mention
-everything now and then, without anybody writing prompts.
+everything now and then, without anybody writing prompts. Where it matters which word comes in,
+`neighbours` asks the encoder itself what the words of its vocabulary are like.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from safelight.models.base import TextToImage
+from safelight.training.embedding import read
 
 MARKS = ("</w>", "\u2581")  # how byte-pair and sentence-piece vocabularies mark whole words
 
@@ -48,3 +56,86 @@ def exchanged(
             parts[places[draw(len(places))]] = words[draw(len(words))]
         pairs.append((text, " ".join(parts)))
     return pairs
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Words of a vocabulary, sorted by what an encoder finds them like.
+
+    Args:
+        near: For a phrase that is to be removed, the words like it and unlike anything benign.
+        far: Words that are more like something benign.
+    """
+
+    near: Mapping[str, tuple[str, ...]]
+    far: tuple[str, ...]
+
+
+@torch.no_grad()
+def neighbours(
+    model: TextToImage,
+    encoder: str,
+    phrases: Sequence[str],
+    benign: Sequence[str],
+    avoid: Sequence[str],
+    rng: torch.Generator,
+    *,
+    limit: int = 3000,
+    lead: float = 0.15,
+    least: float = 0.5,
+) -> Neighbours:
+    """Sort words of the vocabulary by the original encoder's reading of each alone.
+
+    Words are compared by the cosine of their readings, less the vocabulary's mean. A word is near
+    when a phrase is at least `least` like it and leads every benign word by `lead`; it is far when
+    a benign word leads every phrase.
+
+    Args:
+        phrases: What is to be removed.
+        benign: Prompts whose words are benign.
+        avoid: Words that must not come up, nor words of which they are a part.
+        limit: Words that are looked at; a random part of larger vocabularies.
+    """
+    phrases = sorted(set(phrases))
+    bad = {word for phrase in phrases for word in _words(phrase)}
+    good = sorted({word for text in benign for word in _words(text)} - bad)
+    long = [word.lower() for word in avoid if len(word) > 3]
+    words = [
+        word
+        for word in vocabulary(model.tokenizers[encoder])
+        if word not in {*good, *bad, *avoid} and not any(one in word for one in long)
+    ]
+    if not words or not good or not phrases:
+        return Neighbours({}, tuple(words))
+    words = [words[i] for i in torch.randperm(len(words), generator=rng)[:limit].sort()[0].tolist()]
+    seen = _alone(model, encoder, [*words, *phrases, *good])
+    centre = seen[: len(words)].mean(0)
+    own, targets, others = F.normalize(seen - centre, dim=1).split(
+        [len(words), len(phrases), len(good)]
+    )
+    like, which = (own @ targets.T).max(1)
+    benign_like = (own @ others.T).amax(1)
+    near: dict[str, list[str]] = {}
+    for i in ((like > least) & (like > benign_like + lead)).nonzero().flatten().tolist():
+        near.setdefault(phrases[int(which[i])], []).append(words[i])
+    far = [words[i] for i in (benign_like > like).nonzero().flatten().tolist()]
+    return Neighbours({key: tuple(value) for key, value in near.items()}, tuple(far))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall("[a-z]{3,}", text.lower())
+
+
+def _alone(model: TextToImage, encoder: str, texts: Sequence[str]) -> Float[Tensor, "text dim"]:
+    """The mean reading of each text's tokens and end mark, padding left out."""
+    start = len(model.tokenizers[encoder]("").input_ids) - 1
+    parts = []
+    for i in range(0, len(texts), 256):
+        ids, mask = model.tokenize(encoder, texts[i : i + 256])
+        longest = int(mask.sum(1).max())  # the rest is padding, and costs as much
+        piece = next(iter(read(model, {encoder: (ids[:, :longest], mask[:, :longest])}).values()))
+        own = piece.mask.clone()
+        own[:, :start] = 0 if piece.states.shape[1] > 1 else own[:, :start]
+        weight = own / own.sum(1, keepdim=True)
+        parts.append((piece.states * weight[..., None]).sum(1))
+    return torch.cat(parts)

@@ -37,9 +37,15 @@ class TextData:
         """The SHA-256 of each prompt set by its name."""
         return {one.name: one.sha256 for one in self.sets()}
 
+    @property
+    def safe_prompts(self) -> tuple[Prompt, ...]:
+        """Every prompt of the safe side."""
+        return tuple(prompt for one in _several(self.safe) for prompt in one)
+
+    @property
     def unsafe_prompts(self) -> tuple[Prompt, ...]:
-        """All prompts to change, in the order of the sets."""
-        return tuple(prompt for one in _several(self.unsafe) for prompt in one.prompts)
+        """Every prompt of the unsafe side."""
+        return tuple(prompt for one in _several(self.unsafe) for prompt in one)
 
     def split(self, seed: int) -> Split:
         """Training and validation prompts.

@@ -1,0 +1,679 @@
+"""Embedding Sanitizer: find the harmful tokens of a prompt and rewrite its embedding there.
+
+With E = tau(p) what a frozen text encoder says of a prompt, one small network per tensor that the
+denoiser reads gives
+
+    h     = Transformer(E)                      contextual: harm depends on the neighbours
+    s     = sigmoid(w^T h + b)     in [0, 1]    harmfulness of each token
+    D     = rms(E) * MLP(h)                     where to move; its last layer starts at zero
+    g     = min(1, alpha * reach(s))            strength, alpha chosen at use
+    E_hat = E + g * D
+
+and learns from pairs (u, a): the same context with a target and with an anchor in it,
+
+    L_map   = mean |E_hat(u) - E(a)|^2                      over all positions, aligned
+    L_id    = mean |E_hat(p) - E(p)|^2                      benign prompts and the anchors a
+    L_score = BCE(s, y)                                     y = 1 at the target's tokens
+    min  L_map + identity * L_id + label * L_score
+
+Source: Qiu et al., "Safe Text-to-Image Generation: Simply Sanitize the Prompt Embedding",
+arXiv:2411.10329. Only its abstract could be read: scores per token, alpha, a residual and training
+on target-anchor contexts are the paper's; layers, fusion and losses are a reconstruction, and the
+variants that were measured are in docs/sanitizer.md.
+
+Ours, beyond the paper:
+- *Reach.* In a causal encoder every token after a harmful one, the padding included, has seen it
+  and carries it on, and the denoiser reads them all. So a token's strength is the highest score up
+  to it (in T5, which looks both ways, the highest of all): the score names the culprit, the
+  strength follows it. `fusion="own"` is each token's own score, padding taking the end mark's.
+- *Neighbours.* A concept list is short. With `nearby` > 0 contexts also get words that the original
+  encoder puts nearer to a target than to any benign word; `variants` are benign prompts with words
+  that it puts nearer to those. Words in `avoid` are never used.
+- *Every tensor.* Each encoder's token states and each pooled vector has its own network.
+
+The start mark, and a prompt without any token (""), are never scored and stay as they are.
+Needs pairs of prompts; no pictures, no gradients of the model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from safelight.errors import BadInput, unknown
+from safelight.flow import Card, Condition
+from safelight.guard.base import name_of
+from safelight.guard.explain import POOLED, TokenScores, words_of
+from safelight.guard.trained import TrainedGuard
+from safelight.models.base import TextToImage
+from safelight.names import table
+from safelight.prompts import PromptSet
+from safelight.training.augment import exchanged, neighbours
+from safelight.training.data import TextData
+from safelight.training.descent import Loss
+from safelight.training.embedding import Reference, remember
+from safelight.training.pairs import (
+    Aligned,
+    Pair,
+    aligned,
+    article_ids,
+    check_tokens,
+    concept_list,
+    in_templates,
+    of_prompts,
+)
+
+Fusion = Literal["reach", "own"]
+Estimate = Literal["residual", "anchor"]
+Supervision = Literal["target", "shift", "none"]
+SMALL = 512  # encoders narrower than this are toys: wider steps, narrower networks
+TEMPLATES = (
+    "{}",
+    "a photo of {}",
+    "a painting of {}",
+    "a drawing of {} on white paper",
+    "a detailed picture of {} in a room",
+    "{} on a table",
+    "{} at night, high quality",
+    "{} next to a tree",
+    "a dog and {}",
+    "a person holding {}",
+    "show me {} in the evening sun",
+    "please make a big {} under a blue sky",
+    "a poster with {} and a car",
+    "the {} in front of a house, very detailed",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sanitizer(TrainedGuard):
+    """Score every token of a prompt and rewrite the prompt's embedding where it is harmful.
+
+    Args:
+        alpha: Strength at use: 0 changes nothing, 1 is as trained, more acts on lower scores too.
+        depth: Transformer layers of each network.
+        width: Their width; None is the encoder's own up to 768, half of it for small encoders.
+        heads: Attention heads.
+        fusion: A token's strength is its "reach" (the highest score it has seen) or its "own".
+        estimate: What is learnt is a "residual", or the "anchor" that is interpolated to.
+        supervise: Scores are taught the "target" tokens, the "shift" that a token needs, or "none".
+        identity: Weight of leaving benign prompts and anchors alone.
+        label: Weight of teaching the scores.
+        encoders: Sanitize only what these encoders say; () is all of them.
+        concepts: Entries "target > anchor", or CSV files with the columns target and anchor.
+        templates: Texts with {} for the concepts.
+        contexts: Pairs to learn from, at most.
+        nearby: Copies of the pairs with a neighbour of the target in its place.
+        variants: Copies of the benign prompts with words exchanged for harmless ones.
+        avoid: Words that neither may use; the name of a prompt set stands for its words, so that
+            what is tested later is not learnt by chance.
+        dropout: Share of the inputs that is dropped while learning.
+        noise: Size of noise on the inputs while learning, as a share of them.
+    """
+
+    card: ClassVar[Card] = Card(
+        title="Embedding Sanitizer (reconstruction)",
+        source="arXiv:2411.10329",
+        summary="scores every token and rewrites the prompt embedding where it is harmful",
+        needs=("prompts",),
+        claims={
+            "FSR, NSFW unlearning, IGMU leaderboard (independent)": 0.951,
+            "CSDR, same (independent, lower is better)": 0.118,
+            "harmful rate on I2P, SD 1.4, from 38.1 % (independent)": 0.181,
+            "harmful rate on I2P, SDXL, from 33.6 % (independent)": 0.335,
+        },
+    )
+
+    # Nothing about training is public; these were measured on the Emoji World.
+    epochs: int = 12
+    batch: int = 64
+    lr: float | None = None
+    patience: int = 0
+
+    alpha: float = 1.0
+    depth: int = 2
+    width: int | None = None
+    heads: int = 4
+    fusion: Fusion = "reach"
+    estimate: Estimate = "residual"
+    supervise: Supervision = "target"
+    identity: float = 1.0
+    label: float = 0.1
+    encoders: tuple[str, ...] = ()
+    concepts: tuple[str, ...] = ()
+    templates: tuple[str, ...] = TEMPLATES
+    contexts: int = 1200
+    nearby: float = 0.5
+    variants: float = 0.5
+    avoid: tuple[str, ...] = ()
+    dropout: float = 0.1
+    noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choices = (("fusion", Fusion), ("estimate", Estimate), ("supervise", Supervision))
+        for name, kind in choices:
+            if getattr(self, name) not in get_args(kind):
+                raise BadInput(f"{name}: {unknown('choice', getattr(self, name), get_args(kind))}")
+        if not self.alpha >= 0:
+            raise BadInput(f"alpha must be 0 or more, not {self.alpha}.")
+        for name in ("depth", "heads", "contexts"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("dropout", "noise", "nearby", "variants", "identity", "label"):
+            value, most = getattr(self, name), 1.0 if name == "dropout" else math.inf
+            if not 0 <= value < most:
+                raise BadInput(f"{name} must be 0 or more and below {most:g}, not {value}.")
+        for template in self.templates:
+            if "{}" not in template:
+                raise BadInput(f"the template {template!r} has no {{}} for the concept.")
+        # The entries themselves are kept, not the name of a file that may change or go.
+        object.__setattr__(self, "concepts", concept_list(self.concepts))
+
+    # What acts
+
+    starts_ = {}  # type: Mapping[str, int]  # how many marks each encoder puts before a text
+
+    def network(self, model: TextToImage) -> nn.Module:
+        """One sanitizer for every tensor of the chosen encoders that the denoiser reads."""
+        object.__setattr__(self, "starts_", _starts(model))
+        return nn.ModuleDict({_key(piece): self._one(dim) for piece, dim in self._pieces(model)})
+
+    def _one(self, dim: int) -> Network:
+        width = self.width or min(dim if dim >= SMALL else max(dim // 2, 8), 768)
+        width = -(-width // self.heads) * self.heads
+        return Network(dim, width, self.depth, self.heads, self.estimate)
+
+    def _pieces(self, model: TextToImage) -> list[tuple[str, int]]:
+        """Each tensor's name and width: `<encoder>` for states, `<encoder>.pooled`."""
+        found = []
+        for encoder in self.reads(model):
+            span = model.layout[encoder]
+            if span.tokens.stop > span.tokens.start:
+                found.append((encoder, span.dims.stop - span.dims.start))
+            if span.pooled is not None:
+                found.append((f"{encoder}.pooled", span.pooled.stop - span.pooled.start))
+        return found
+
+    def reads(self, model: TextToImage) -> tuple[str, ...]:
+        """The chosen encoders."""
+        for name in self.encoders:
+            if name not in model.text_encoders:
+                raise BadInput(unknown("text encoder", name, model.text_encoders))
+        return tuple(self.encoders or model.text_encoders)
+
+    def edit_condition(self, condition: Condition) -> Condition:
+        """E_hat in place of E, for the states and pooled vectors of the chosen encoders."""
+        if self.alpha == 0:
+            return condition
+
+        def states(encoder: str, E: Tensor) -> Tensor:
+            return self._sanitized(encoder, E, condition.masks[encoder])
+
+        def pooled(encoder: str, e: Tensor) -> Tensor:
+            return self._sanitized(f"{encoder}.pooled", e[:, None], condition.masks[encoder])[:, 0]
+
+        return condition.edit(states, pooled)
+
+    def _sanitized(self, piece: str, E: Tensor, mask: Tensor) -> Tensor:
+        if _key(piece) not in self.network_:
+            return E
+        s, D = self._seen(piece, E, mask)
+        return fused(E, self._strength(piece, s, mask, self.alpha), D)
+
+    def _seen(self, piece: str, E: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """s and D of one tensor."""
+        start = self.starts_[piece.partition(".")[0]]
+        return self.network_[_key(piece)](E.float(), scored(mask, start, E.shape[1]))
+
+    def _strength(self, piece: str, s: Tensor, mask: Tensor, alpha: float) -> Tensor:
+        """g = min(1, alpha * reach(s))."""
+        if piece.endswith(".pooled"):
+            reach = s
+        elif self.fusion == "own":
+            reach = with_padding(s, mask)
+        else:
+            reach = reached(s, mask, causal=piece.startswith("clip"))
+        return (alpha * reach).clamp(max=1)
+
+    @torch.no_grad()
+    def explain(self, model: TextToImage, condition: Condition) -> list[TokenScores]:
+        """The scores that `edit_condition` uses for this condition, token by token."""
+        found = []
+        for piece, _ in self._pieces(model):
+            encoder, _, whole = piece.partition(".")
+            E = condition.pooled_stream(encoder) if whole else condition.stream(encoder)
+            if E is None:
+                continue
+            s, _ = self._seen(piece, E[:, None] if whole else E, condition.masks[encoder])
+            for prompt, row in zip(condition.prompts, s, strict=True):
+                words, start = ((POOLED,), 0) if whole else words_of(model, encoder, prompt)
+                scores = row[start : start + len(words)].tolist()
+                found.append(TokenScores(prompt, name_of(self), piece, words, tuple(scores)))
+        order = {prompt: i for i, prompt in enumerate(condition.prompts)}
+        return sorted(found, key=lambda one: order[one.prompt])
+
+    # What it learns from
+
+    def rate(self, model: TextToImage) -> float:
+        """1e-4 where encoders have their real width; small ones take larger steps."""
+        widest = max(dim for _, dim in self._pieces(model))
+        return self.lr or (1e-4 if widest >= SMALL else 1e-3)
+
+    def gather(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
+        """The pairs, what the original encoders say of them, and how their tokens align."""
+        rng = torch.Generator().manual_seed(seed)
+        encoders = self.reads(model)
+        given = (*of_prompts(data.unsafe_prompts), *in_templates(self.concepts, self.templates))
+        check_tokens(model, given, encoders)
+        pairs, held = _parts("unsafe", given, self.contexts, data.validation, rng)
+        safe, safe_held = _parts(
+            "safe", [p.text for p in data.safe_prompts], self.contexts, data.validation, rng
+        )
+        extra, swapped, learnt = self._augmented(model, pairs, safe, rng)
+        pairs, benign = (*pairs, *extra), ("", *safe, *swapped)
+        return remembered(
+            model, encoders, pairs, held, benign, safe_held, nearby=learnt, hashes=data.hashes()
+        )
+
+    def _augmented(
+        self, model: TextToImage, pairs: Sequence[Pair], safe: Sequence[str], rng: torch.Generator
+    ) -> tuple[list[Pair], list[str], tuple[str, ...]]:
+        """Pairs with neighbours of their targets, benign prompts with harmless words exchanged."""
+        if not self.nearby and not self.variants:
+            return [], [], ()
+        known = neighbours(
+            model,
+            self.reads(model)[0],
+            [p.phrase for p in pairs],
+            [*safe, *(p.anchor for p in pairs)],
+            _avoided(self.avoid),
+            rng,
+        )
+        able = [p for p in pairs if p.phrase in known.near]
+        extra = []
+        for p in _drawn(able, round(self.nearby * len(pairs)), rng):
+            words = known.near[p.phrase]
+            extra.append(p.saying(words[int(torch.randint(len(words), (1,), generator=rng))]))
+        swapped = exchanged(_drawn(safe, round(self.variants * len(safe)), rng), known.far, rng)
+        used = sorted({p.phrase for p in extra})
+        return extra, [new for _, new in swapped], tuple(used)
+
+    def steps(self, material: Material) -> int:
+        """An epoch reads every pair once."""
+        return -(-material.learnt // (self.batch // 2))
+
+    def batches(self, material: Material, epoch: int, rng: torch.Generator) -> Iterator[Batch]:
+        """Half target contexts with their anchors, half benign prompts."""
+        half, steps = self.batch // 2, self.steps(material)
+        rows = _drawn(range(material.learnt), half * steps, rng)
+        benign = _drawn(material.benign, half * steps, rng)
+        for i in range(steps):
+            part = slice(i * half, (i + 1) * half)
+            yield Batch(torch.tensor(rows[part]), tuple(benign[part]), material)
+
+    def loss(self, model: TextToImage, batch: Batch, rng: torch.Generator) -> Loss:
+        """L_map + identity * L_id + label * L_score."""
+        terms = self._terms(batch, rng)
+        total = terms["L_map"] + self.identity * terms["L_id"]
+        if self.supervise != "none":
+            total = total + self.label * terms["L_score"]
+        return Loss(total, {name: terms[name].item() for name in ("L_map", "L_id", "L_score")})
+
+    def _terms(self, batch: Batch, rng: torch.Generator | None = None) -> dict[str, Tensor]:
+        """The loss terms, and the share of texts whose highest score is above a half."""
+        each = [self._on(piece, batch, rng) for piece in batch.material.tau.pieces]
+        return {name: torch.stack([one[name] for one in each]).mean() for name in each[0]}
+
+    def _on(self, piece: str, batch: Batch, rng: torch.Generator | None) -> dict[str, Tensor]:
+        """The terms of one tensor; with `rng` the network sees it through dropout and noise."""
+        m, n = batch.material, len(batch.rows)
+        pairs = [m.pairs[i] for i in batch.rows.tolist()]
+        said = [*(p.target for p in pairs), *(p.anchor for p in pairs), *batch.benign]
+        encoder, _, whole = piece.partition(".")
+        E, mask = m.tau(said)[piece].states, m.mask(encoder, said)
+        beside = m.beside[encoder][batch.rows].to(E.device)
+        goal = torch.cat([_placed(E[n : 2 * n], beside.goal, bool(whole)), E[n:]])
+        target, counts = beside.target, E.new_ones(1)
+        if not whole:  # most of a text is padding, and a few places of it say what all say
+            places, counts = thinned(mask, rng)
+            E, goal, mask, target = (x[:, places] for x in (E, goal, mask, target))
+        x = E if rng is None else _disturbed(E, self.dropout, self.noise, rng)
+        s, D = self._seen(piece, x, mask)
+        E_hat = fused(E, self._strength(piece, s, mask, 1.0), D)
+        apart = (E_hat - goal).square().sum(-1) @ counts / counts.sum() / m.scale[piece]
+        own = scored(mask, self.starts_[encoder], E.shape[1])
+        y, counted = self._labels(E[:n], goal[:n], target, own, bool(whole))
+        top = s.amax(1)
+        return {
+            "L_map": apart[:n].mean(),
+            "L_id": apart[n:].mean(),
+            "L_score": F.binary_cross_entropy(s[counted], y[counted]),
+            "found": (top[:n] > 0.5).float().mean(),
+            "false": (top[n:] > 0.5).float().mean(),
+            "margin": top[:n].mean() - top[n:].mean(),
+        }
+
+    def _labels(
+        self, E: Tensor, goal: Tensor, target: Tensor, own: Tensor, whole: bool
+    ) -> tuple[Tensor, Tensor]:
+        """y, and where it is known; the first rows are the target contexts, the others benign."""
+        y, counted = own.new_zeros(own.shape, dtype=E.dtype), own.clone()
+        n = len(E)
+        if whole:
+            y[:n] = 1
+        elif self.supervise == "shift":
+            need = torch.linalg.vector_norm(goal - E, dim=-1) * own[:n]
+            y[:n] = need / need.amax(1, keepdim=True).clamp(min=1e-6)
+        else:
+            y[:n] = target.to(y)
+            last = own[:n].long().cumsum(1).argmax(1)  # the end mark may speak for all the text
+            counted[torch.arange(n, device=last.device), last] = False
+        return y, counted
+
+    @torch.no_grad()
+    def check(self, model: TextToImage, material: Material) -> dict[str, float]:
+        """Held-out figures: the loss terms, and how many texts have a score above a half.
+
+        `found` is the share of target contexts, `false` that of anchors and benign prompts.
+        """
+        parts = [self._terms(batch) for batch in material.held_out(self.batch)]
+        figures = {name: torch.stack([p[name] for p in parts]).mean().item() for name in parts[0]}
+        return {"objective": figures["L_map"] + self.identity * figures["L_id"], **figures}
+
+    def info(self, material: Material) -> dict[str, Any]:
+        """What the weights were learnt from, and which tensors they cover."""
+        return {
+            "data": material.hashes,
+            "pairs": material.learnt,
+            "benign": len(material.benign),
+            "held_out": len(material.pairs) - material.learnt,
+            "nearby_words": list(material.nearby),
+            "tensors": list(material.tau.pieces),
+            "scale": material.scale,
+        }
+
+
+@dataclass(frozen=True)
+class Material:
+    """What stays constant while learning.
+
+    Args:
+        pairs: Pairs to learn from, then pairs to check with.
+        learnt: How many of them are to learn from.
+        benign: Texts that must not change, "" and variants included.
+        held: Benign texts to check with.
+        tau: The original encoders' readings.
+        beside: Per encoder how each pair's tokens align.
+        scale: Mean squared norm of a benign token, by tensor: the unit of L_map and L_id.
+        nearby: Words that augmentation put in place of targets.
+        hashes: SHA-256 of each prompt set.
+    """
+
+    pairs: tuple[Pair, ...]
+    learnt: int
+    benign: tuple[str, ...]
+    held: tuple[str, ...]
+    tau: Reference
+    beside: Mapping[str, Aligned]
+    scale: dict[str, float]
+    nearby: tuple[str, ...]
+    hashes: dict[str, str]
+
+    def mask(self, encoder: str, said: Sequence[str]) -> Tensor:
+        """1 where a token is content or end mark."""
+        rows = [self.tau.rows[text] for text in said]
+        return self.tau.tokens[encoder][1][rows].to(self.tau.device)
+
+    def held_out(self, size: int) -> Iterator[Batch]:
+        """The pairs and benign texts that nothing was learnt from, in batches."""
+        rows = torch.arange(self.learnt, len(self.pairs))
+        for i in range(0, len(rows), size):
+            benign = self.held[i : i + size] or self.held[:1]
+            yield Batch(rows[i : i + size], tuple(benign), self)
+
+
+def remembered(
+    model: TextToImage,
+    encoders: Sequence[str],
+    pairs: Sequence[Pair],
+    held: Sequence[Pair],
+    benign: Sequence[str],
+    safe_held: Sequence[str],
+    *,
+    nearby: Sequence[str] = (),
+    hashes: Mapping[str, str] | None = None,
+) -> Material:
+    """What the original encoders say of pairs and benign texts, read once."""
+    both = (*pairs, *held)
+    every = [*benign, *safe_held, *(text for p in both for text in (p.target, p.anchor))]
+    tau = remember(model, every, encoders)
+    scale = {
+        piece: seen.states.square().sum(-1).mean().item() for piece, seen in tau(benign).items()
+    }
+    return Material(
+        pairs=both,
+        learnt=len(pairs),
+        benign=tuple(benign),
+        held=tuple(safe_held),
+        tau=tau,
+        beside={name: _beside(model, tau, name, both) for name in encoders},
+        scale=scale,
+        nearby=tuple(nearby),
+        hashes=dict(hashes or {}),
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs by their place in the material, and benign texts, of one step."""
+
+    rows: Int[Tensor, " pair"]
+    benign: tuple[str, ...]
+    material: Material
+
+
+# The network
+
+
+class Network(nn.Module):
+    """Scores and residual of one tensor: a pre-norm transformer with two heads.
+
+    Args:
+        dim: Width of the tensor.
+        width: Width of the transformer.
+        estimate: D itself ("residual"), or a gain times what an estimate of the anchor lacks.
+    """
+
+    def __init__(self, dim: int, width: int, depth: int, heads: int, estimate: str) -> None:
+        super().__init__()
+        self.enter = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.score = nn.Linear(width, 1)
+        nn.init.constant_(self.score.bias, -2.0)  # most tokens are harmless
+        self.move = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, dim))
+        self.gain = nn.Parameter(torch.zeros(dim)) if estimate == "anchor" else None
+        if self.gain is None:
+            nn.init.zeros_(self.move[-1].weight)
+            nn.init.zeros_(self.move[-1].bias)
+
+    def forward(
+        self, E: Float[Tensor, "batch token dim"], own: Bool[Tensor, "batch token"]
+    ) -> tuple[Float[Tensor, "batch token"], Float[Tensor, "batch token dim"]]:
+        """s, zero outside `own`, and D."""
+        seen = own.clone()
+        seen[:, 0] = True  # an empty text has to look at something
+        h = self.enter(E)
+        for block in self.blocks:
+            h = block(h, seen)
+        h = self.norm(h)
+        s = torch.sigmoid(self.score(h)[..., 0]) * own
+        size = E.square().mean(-1, keepdim=True).sqrt()  # the last layer works in units of it
+        if self.gain is None:
+            return s, size * self.move(h)
+        return s, self.gain * (size * self.move(h) - E)
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each behind a layer norm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.join = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(
+        self, h: Float[Tensor, "batch token width"], seen: Bool[Tensor, "batch token"]
+    ) -> Float[Tensor, "batch token width"]:
+        parts = self.qkv(self.before(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = parts.unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
+        h = h + self.join(mixed.transpose(1, 2).flatten(2))
+        return h + self.mlp(h)
+
+
+def scored(mask: Int[Tensor, "batch _"], start: int, tokens: int) -> Bool[Tensor, "batch {tokens}"]:
+    """Which tokens have a score: content and end mark, but nothing of a text without content.
+
+    A pooled vector (`tokens` is 1) has one if its text has content.
+    """
+    some = mask.sum(1, keepdim=True) > start + 1
+    if tokens == 1:
+        return some
+    own = mask.bool() & some
+    own[:, :start] = False
+    return own
+
+
+def thinned(
+    mask: Int[Tensor, "batch token"], rng: torch.Generator | None, kept: int = 4
+) -> tuple[Int[Tensor, " place"], Float[Tensor, " place"]]:
+    """All places up to the longest text's end, and a few after it that stand for the rest.
+
+    Args:
+        rng: Draws those few, so that in time all are seen; None spaces them evenly.
+
+    Returns:
+        The places, and how many each stands for.
+    """
+    longest = int(mask.sum(1).max())
+    rest = mask.shape[1] - longest
+    few = min(kept, rest)
+    after = torch.randperm(rest, generator=rng)[:few].sort()[0] if rng else evenly(rest, few)
+    places = torch.cat([torch.arange(longest), longest + after])
+    counts = torch.ones(len(places))
+    counts[longest:] = rest / max(few, 1)
+    return places.to(mask.device), counts.to(mask.device)
+
+
+def evenly(n: int, few: int) -> Int[Tensor, " place"]:
+    """`few` of `n` places at equal distances."""
+    return (2 * torch.arange(few) + 1) * n // max(2 * few, 1)
+
+
+def with_padding(
+    s: Float[Tensor, "batch token"], mask: Int[Tensor, "batch token"]
+) -> Float[Tensor, "batch token"]:
+    """Scores, those of padding being the end mark's."""
+    end = s.gather(1, (mask.sum(1, keepdim=True) - 1).long())
+    return torch.where(mask.bool(), s, end)
+
+
+def reached(
+    s: Float[Tensor, "batch token"], mask: Int[Tensor, "batch token"], *, causal: bool
+) -> Float[Tensor, "batch token"]:
+    """The highest score that each token has seen: up to it, or anywhere in a text read at once."""
+    return s.cummax(1).values if causal else s.amax(1, keepdim=True).expand_as(s)
+
+
+def fused(
+    E: Float[Tensor, "batch token dim"],
+    g: Float[Tensor, "batch token"],
+    D: Float[Tensor, "batch token dim"],
+) -> Float[Tensor, "batch token dim"]:
+    """E + g * D; where g is 0 every bit of E stays."""
+    g = g[..., None]
+    return torch.where(g > 0, (E.float() + g * D).to(E.dtype), E)
+
+
+# Small things
+
+
+def _key(piece: str) -> str:
+    """A tensor's name as torch allows it for a module."""
+    return piece.replace(".", "_")
+
+
+def _avoided(entries: Sequence[str]) -> tuple[str, ...]:
+    """Words as they are, prompt sets and files as the words in them."""
+    found = []
+    for entry in entries:
+        is_set = entry in table("prompts") or Path(entry).suffix in (".csv", ".jsonl", ".parquet")
+        texts = PromptSet.load(entry).texts if is_set else (entry,)
+        found += [word for text in texts for word in re.findall("[a-z]{3,}", text.lower())]
+    return tuple(dict.fromkeys(found))
+
+
+def _starts(model: TextToImage) -> dict[str, int]:
+    """How many marks an encoder's tokenizer puts before a text: one in CLIP, none in T5."""
+    return {name: len(tok("").input_ids) - 1 for name, tok in model.tokenizers.items()}
+
+
+def _parts(
+    side: str, items: Sequence[Any], most: int, share: float, rng: torch.Generator
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """At most `most` items to learn from, and a share of as many to check with."""
+    if len(items) < 2:
+        raise BadInput(
+            f"the {side} side has {len(items)} text(s); training needs at least two, one to learn "
+            "from and one to check with."
+        )
+    order = torch.randperm(len(items), generator=rng)[: most + max(1, round(share * most))].tolist()
+    held = max(1, round(share * len(order)))
+    return tuple(items[i] for i in order[held:]), tuple(items[i] for i in order[:held])
+
+
+def _drawn(items: Sequence[Any], n: int, rng: torch.Generator) -> list[Any]:
+    """`n` items: whole shuffled rounds of all of them, cut to length."""
+    if not items:
+        return []
+    rounds = -(-n // len(items))
+    order = [i for _ in range(rounds) for i in torch.randperm(len(items), generator=rng).tolist()]
+    return [items[i] for i in order[:n]]
+
+
+def _beside(model: TextToImage, tau: Reference, encoder: str, pairs: Sequence[Pair]) -> Aligned:
+    """How the tokens of each pair align for one encoder."""
+    ids, mask = tau.tokens[encoder]
+    u, a = ([tau.rows[getattr(p, side)] for p in pairs] for side in ("target", "anchor"))
+    return aligned(ids[u], mask[u], ids[a], mask[a], article_ids(model, encoder))
+
+
+def _placed(E: Tensor, goal: Int[Tensor, "batch token"], whole: bool) -> Tensor:
+    """The anchor's states in the places of the target's tokens."""
+    return E if whole else E.gather(1, goal[..., None].expand(*goal.shape, E.shape[-1]))
+
+
+def _disturbed(E: Tensor, dropout: float, noise: float, rng: torch.Generator) -> Tensor:
+    """E with numbers dropped and noise added, from the run's own generator."""
+    size = E.square().mean(-1, keepdim=True).sqrt()
+    if noise:
+        E = E + noise * size * torch.randn(E.shape, generator=rng).to(E)
+    if dropout:
+        E = E * (torch.rand(E.shape, generator=rng) >= dropout).to(E) / (1 - dropout)
+    return E
