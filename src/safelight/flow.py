@@ -74,11 +74,12 @@ class Written:
 
     def rows(self, rows: Sequence[int]) -> Written:
         """Some of the rows."""
-        texts, soft, front, behind = (
-            tuple(column[i] for i in rows)
-            for column in (self.texts, self.soft, self.front, self.behind)
+        return Written(
+            texts=tuple(self.texts[i] for i in rows),
+            soft=tuple(self.soft[i] for i in rows),
+            front=tuple(self.front[i] for i in rows),
+            behind=tuple(self.behind[i] for i in rows),
         )
-        return Written(texts, soft, front, behind)
 
 
 Change = "Callable[[str, Tensor], Tensor]"  # (encoder, its part) -> the new part, same shape

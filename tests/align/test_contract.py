@@ -140,7 +140,7 @@ def test_only_text_encoders_change_and_the_model_is_left_as_it_was(name, family,
     assert after == before
     with model.patched(patch):
         inside = model.hashes()
-    assert {key for key in before if inside[key] != before[key]} == set(model.text_encoders)
+    assert {key for key in before if inside[key] != before[key]} == set(patch.info["encoders"])
     assert not any(
         p.requires_grad for part in model.text_encoders.values() for p in part.parameters()
     )
