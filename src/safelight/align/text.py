@@ -59,10 +59,14 @@ class TextSide(Trained):
                 raise BadInput(unknown("text encoder", name, model.text_encoders))
         return self.encoders or tuple(model.text_encoders)
 
+    def small(self, model: TextToImage) -> bool:
+        """Whether the chosen encoders are far smaller than those of published settings."""
+        widths = [model.text_encoders[name].config.hidden_size for name in self.chosen(model)]
+        return max(widths) < 512
+
     def rate(self, model: TextToImage) -> float:
         """1e-5 as published for CLIP-L (DES, AdvUnlearn); small encoders take larger steps."""
-        widths = [model.text_encoders[name].config.hidden_size for name in self.chosen(model)]
-        return self.lr or (1e-5 if max(widths) >= 512 else 3e-4)
+        return self.lr or (3e-4 if self.small(model) else 1e-5)
 
     def lend(self, model: TextToImage, rng: torch.Generator) -> AbstractContextManager[Loan]:
         """The chosen encoders' weights."""
