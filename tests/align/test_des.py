@@ -179,7 +179,7 @@ def test_the_search_is_exact_in_blocks_of_any_size(block):
     rng = torch.Generator().manual_seed(0)
     u, book = torch.randn(23, 9, generator=rng), torch.randn(101, 9, generator=rng)
     unit = torch.nn.functional.normalize
-    assert farthest(u, book, block).tolist() == (unit(u) @ unit(book).T).argmin(1).tolist()
+    assert farthest(u, book, block=block).tolist() == (unit(u) @ unit(book).T).argmin(1).tolist()
 
 
 def test_targets_are_not_normalised_and_lie_beyond_the_concept(tiny_sd1, one):

@@ -23,7 +23,7 @@ from safelight.errors import BadInput
 from safelight.flow import Prompt
 from safelight.models.base import TextToImage
 from safelight.training.data import shuffled, texts
-from safelight.training.embedding import Piece, Reading, Reference, remember
+from safelight.training.embedding import Piece, Reading, Reference, remember, size
 
 CLIP_L = (77, 768)  # the reading that the published alpha is for
 CLIP_L_NORM = (77 * 768) ** 0.5  # of such a reading after a layer norm: 243
@@ -109,7 +109,8 @@ class Distortion(TextSide):
             _require_words(tau, category, text)
         book = list(dict.fromkeys(texts(split.safe)))
         n = tau(list(concepts.values()))
-        scale = {name: _flat(p).norm(dim=1).mean().item() for name, p in tau(book).items()}
+        rows = tau.rows_of(book)
+        scale = {name: size(p[rows], "flatten").mean().item() for name, p in tau.pieces.items()}
         return Material(
             recipe=recipe,
             split=split,
@@ -144,34 +145,35 @@ class Distortion(TextSide):
         """Pairs per epoch: the longer list once, the shorter repeated."""
         return max(len(material.split.safe), len(material.split.unsafe))
 
-    def pages(self, n: int, batch: int) -> list[slice]:
-        """`n` pairs cut into batches."""
-        return pages(n, batch)
+    @property
+    def least(self) -> int:
+        """A last batch of fewer pairs joins the one before it."""
+        return 1
 
     def steps(self, material: Material) -> int:
         """The longer list is read once."""
-        return len(self.pages(self.pairs(material), material.recipe.batch))
+        return len(pages(self.pairs(material), material.recipe.batch, self.least))
 
     def batches(self, material: Material, epoch: int, rng: torch.Generator) -> Iterator[Batch]:
         """Both lists shuffled and zipped: who is paired with whom means nothing."""
         n = self.pairs(material)
         safe = shuffled(texts(material.split.safe), n, rng)
         unsafe = shuffled(material.split.unsafe, n, rng)
-        for page in self.pages(n, material.recipe.batch):
+        for page in pages(n, material.recipe.batch, self.least):
             yield Batch(tuple(safe[page]), tuple(unsafe[page]), material)
 
     # The loss
 
     def terms(self, now: Reading, batch: Batch) -> dict[str, Tensor]:
         """L_u, L_s, L_n, and L_0 for the empty prompt: means over the pieces."""
-        each = [self._terms(name, now, batch) for name in now]
+        then = batch.material.tau(batch.rows)
+        each = [self._terms(name, batch.parts(now[name]), batch.parts(then[name]), batch)
+                for name in now]  # fmt: skip
         return {term: torch.stack([one[term] for one in each]).mean(0) for term in each[0]}
 
-    def _terms(self, name: str, now: Reading, batch: Batch) -> dict[str, Tensor]:
-        """The terms on one piece."""
+    def _terms(self, name: str, here: Parts, then: Parts, batch: Batch) -> dict[str, Tensor]:
+        """The terms on one piece: its readings now, and the original ones."""
         material = batch.material
-        here = batch.parts(now[name])
-        then = batch.parts(material.tau(batch.rows)[name])
         shift = material.alpha[name] * material.n_hat[name][batch.concept_rows]
         t = material.targets(name, batch.unsafe)
         found = {
@@ -200,7 +202,7 @@ class Distortion(TextSide):
         split = material.split
         n = max(len(split.safe_check), len(split.unsafe_check))
         sums: dict[str, float] = {}
-        for page in self.pages(n, material.recipe.batch):
+        for page in pages(n, material.recipe.batch, self.least):
             rows = range(*page.indices(n))
             batch = Batch(
                 tuple(split.safe_check[i % len(split.safe_check)].text for i in rows),
@@ -256,7 +258,7 @@ class Material:
 
     def targets(self, name: str, unsafe: Sequence[Prompt]) -> Float[Tensor, "prompt dim"]:
         """t = s* - alpha * n_hat on one piece."""
-        far = self.tau([self.goals[name][prompt.text] for prompt in unsafe])[name]
+        far = self.tau.piece(name, [self.goals[name][prompt.text] for prompt in unsafe])
         return _flat(far) - self.alpha[name] * self.n_hat[name][self.rows_of(unsafe)]
 
 
@@ -300,18 +302,30 @@ def cosdist(a: Float[Tensor, "row dim"], b: Float[Tensor, "#row dim"]) -> Float[
 
 
 def farthest(
-    u: Float[Tensor, "row dim"], book: Float[Tensor, "entry dim"], block: int = 1024
+    u: Float[Tensor, "row dim"],
+    book: Float[Tensor, "entry dim"],
+    *,
+    block: int = 1024,
+    device: torch.device | None = None,
 ) -> Int[Tensor, " row"]:
     """For each row the entry of a codebook with the *lowest* cosine to it, the first if several.
 
     Exact, and in blocks, so that a large codebook is never copied or compared as a whole.
+
+    Args:
+        block: Rows, and entries, that are on the device at a time.
+        device: Where to compare; where they are if None.
     """
+
+    def unit(x: Tensor) -> Tensor:
+        return F.normalize(x.to(device or x.device), dim=1)
+
     found = []
-    for rows in F.normalize(u, dim=1).split(block):
+    for rows in map(unit, u.split(block)):
         lowest = rows.new_full((len(rows),), torch.inf)
         at = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
         for start in range(0, len(book), block):
-            cos, i = (rows @ F.normalize(book[start : start + block], dim=1).T).min(1)
+            cos, i = (rows @ unit(book[start : start + block]).T).min(1)
             at = torch.where(cos < lowest, i + start, at)
             lowest = torch.minimum(lowest, cos)
         found.append(at)
@@ -371,16 +385,12 @@ def pages(n: int, batch: int, least: int = 1) -> list[slice]:
 
 def _goals(tau: Reference, unsafe: Sequence[str], book: Sequence[str]) -> dict[str, dict[str, str]]:
     """Each unsafe prompt's farthest safe prompt, by piece."""
-    u, entries = tau(unsafe), tau(book)
-    return {
-        name: {
-            text: book[i]
-            for text, i in zip(
-                unsafe, farthest(_flat(u[name]), _flat(entries[name])).tolist(), strict=True
-            )
-        }
-        for name in u
-    }
+    goals = {}
+    for name, piece in tau.pieces.items():
+        u, entries = (_flat(piece[tau.rows_of(these)]) for these in (unsafe, book))
+        at = farthest(u, entries, device=tau.device).tolist()
+        goals[name] = {text: book[i] for text, i in zip(unsafe, at, strict=True)}
+    return goals
 
 
 def _require_words(tau: Reference, category: str, text: str) -> None:

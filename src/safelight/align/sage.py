@@ -39,7 +39,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safelight.align.base import TextData
-from safelight.align.distortion import Batch, Distortion, Material, Recipe, pages
+from safelight.align.distortion import Batch, Distortion, Material, Recipe
 from safelight.errors import BadInput, unknown
 from safelight.flow import Card
 from safelight.models.base import TextToImage
@@ -119,10 +119,6 @@ class SAGE(Distortion):
                 f" neighbours needs at least {self.least}. Add safe prompts, or lower k."
             )
         return material
-
-    def pages(self, n: int, batch: int) -> list[slice]:
-        """Batches that are all large enough."""
-        return pages(n, batch, self.least)
 
     def terms(self, now: Reading, batch: Batch) -> dict[str, Tensor]:
         """Those of DES, L_ESP and L_LSA."""
