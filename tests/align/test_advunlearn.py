@@ -19,6 +19,7 @@ SAFE = [f"a {thing} in the {where}" for thing in ("cat", "dog", "bird", "house")
 UNSAFE = [f"a {kind} knife in the {where}" for kind in ("red", "big", "small")
           for where in ("park", "street", "sea")]  # fmt: skip
 FAST = dict(iterations=6, paintings=6, paint_steps=4, attack_steps=2, batch=2, retain=2, lr=1e-3)
+ERASE = FAST | dict(iterations=15, attack_steps=0, lr=3e-3)
 
 
 @pytest.fixture
@@ -43,11 +44,12 @@ def gradients(model, method, loss):
 
 
 def test_a_concept_is_driven_to_the_target_and_safe_prompts_hold(tiny_model, data):
-    method = AdvUnlearn(**FAST | {"iterations": 40, "attack_steps": 1}, gamma=1.0)
-    before, after = (method.fit(tiny_model, data).info["pareto"][i] for i in (0, -1))
+    method = AdvUnlearn(**ERASE, gamma=1.0)
+    material = gathered(method, tiny_model, data)
+    before, after = (method.train(tiny_model, material).info["pareto"][i] for i in (0, -1))
     assert after["L_u"] < 0.9 * before["L_u"]
-    free = AdvUnlearn(**FAST | {"iterations": 40, "attack_steps": 1}, gamma=0.0)
-    assert after["L_r"] < free.fit(tiny_model, data).info["pareto"][-1]["L_r"]
+    free = dataclasses.replace(method, gamma=0.0).train(tiny_model, material)
+    assert after["L_r"] < free.info["pareto"][-1]["L_r"]
 
 
 def test_only_text_encoders_change_and_the_model_is_left_as_it_was(tiny_model, data):
@@ -152,10 +154,9 @@ def test_noise_and_velocity_have_the_same_target(data):
 @pytest.mark.parametrize("variant", ["full", "fast"])
 def test_the_attack_lowers_its_loss_on_states_it_has_not_seen(tiny_model, data, variant):
     """On an erased encoder: the found tokens bring the original prediction back at new states."""
-    erase = AdvUnlearn(**FAST | {"iterations": 40, "attack_steps": 0, "batch": 4}, gamma=0.0)
-    patch = erase.fit(tiny_model, data)
+    patch = AdvUnlearn(**ERASE, gamma=0.0).fit(tiny_model, data)
     attacker = AdvUnlearn(
-        **FAST | {"attack_steps": 60, "batch": 4}, variant=variant, attack_lr=0.05, quiet=0.0
+        **FAST | {"attack_steps": 25, "batch": 4}, variant=variant, attack_lr=0.1, quiet=0.0
     )
     seen = gathered(attacker, tiny_model, data)
     batch = first_batch(attacker, seen)

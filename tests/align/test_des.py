@@ -6,7 +6,9 @@ import torch
 from safelight.align.base import TextData
 from safelight.align.des import DES
 from safelight.align.distortion import (
+    SMALL,
     Batch,
+    Recipe,
     cosdist,
     farthest,
     in_clip_units,
@@ -140,9 +142,21 @@ def test_alpha_is_the_published_norm_on_clip_l_and_its_share_elsewhere(tiny_sd1,
     assert units("sd1", 77, 768, 251.0) == 1.0
     assert units("sd1", 32, 256, 90.5) == pytest.approx(90.5 / 243.2, rel=1e-3)
     assert units("sdxl", 77, 768, 900.0) == pytest.approx(900 / 243.2, rel=1e-3)  # another layer
-    material = DES().gather(tiny_sd1, data, seed=0)
-    share = material.alpha["clip_l"] / material.scale["clip_l"]
-    assert share == pytest.approx(200 / 243.2, rel=1e-3)
+    for alpha_n, wanted in ((200.0, 200 / 243.2), (None, 50 / 243.2)):  # None: a small encoder
+        material = DES(alpha_n=alpha_n).gather(tiny_sd1, data, seed=0)
+        share = material.alpha["clip_l"] / material.scale["clip_l"]
+        assert share == pytest.approx(wanted, rel=1e-3)
+
+
+def test_published_settings_are_for_encoders_of_published_size(tiny_sd1, monkeypatch):
+    ours, given = DES().recipe(tiny_sd1), DES(lam=0.0, alpha_n=0.0, batch=7).recipe(tiny_sd1)
+    assert given == Recipe(lam=0.0, alpha_n=0.0, batch=7)
+    assert ours == SMALL and DES().rate(tiny_sd1) == 3e-4
+    monkeypatch.setattr(tiny_sd1.text_encoders["clip_l"].config, "hidden_size", 768)
+    assert DES().recipe(tiny_sd1) == Recipe(lam=0.3, alpha_n=200.0, batch=128)
+    method = DES()
+    assert method.rate(tiny_sd1) == 1e-5 and (method.epochs, method.decay) == (2, 0.01)
+    assert not method.anneal and not method.patience
 
 
 def test_targets_are_the_farthest_safe_prompts_not_the_nearest(tiny_sd1, data):
@@ -165,7 +179,7 @@ def test_the_search_is_exact_in_blocks_of_any_size(block):
     rng = torch.Generator().manual_seed(0)
     u, book = torch.randn(23, 9, generator=rng), torch.randn(101, 9, generator=rng)
     unit = torch.nn.functional.normalize
-    assert farthest(u, book, block).tolist() == (unit(u) @ unit(book).T).argmin(1).tolist()
+    assert farthest(u, book, block=block).tolist() == (unit(u) @ unit(book).T).argmin(1).tolist()
 
 
 def test_targets_are_not_normalised_and_lie_beyond_the_concept(tiny_sd1, one):

@@ -26,7 +26,7 @@ PAIRS = [{"prompt": f"a {kind} knife in the {where}",
           "safe_prompt": f"a {kind} fish in the {where}"}
          for kind in ("red", "big", "small") for where in ("park", "street", "sea")]  # fmt: skip
 UNSAFE = [row["prompt"] for row in PAIRS]
-FAST = dict(epochs=8, batch=4, lr=3e-2, patience=0)
+FAST = dict(epochs=6, batch=4, lr=1e-2, patience=0)
 
 
 @pytest.fixture
@@ -111,11 +111,18 @@ def test_the_total_is_the_papers_weighted_eighth(twin, pictured):
 
 
 def test_unsafe_prompts_come_to_their_counterparts_and_safe_ones_hold(tiny_model, data):
+    def moved(method):
+        material = method.gather(tiny_model, data, seed=0)
+        batch = material.batch(UNSAFE, ("", *SAFE[:9]))
+        with tiny_model.patched(method.train(tiny_model, material)):
+            return method.terms(tiny_model, batch), material, batch
+
     method = SafeCLIP(**FAST)
-    patch = method.fit(tiny_model, data)
-    first, last = patch.info["pareto"][0], patch.info["pareto"][-1]
-    assert last["L_2"] < 0.8 * first["L_2"]
-    assert last["L_1"] < last["L_2"]
+    after, material, batch = moved(method)
+    assert after["L_2"] < 0.8 * method.terms(tiny_model, batch)["L_2"]
+    weighed = {"_weighed": lambda self, terms: terms["L_2"]}  # the control: redirect only
+    free, *_ = moved(type("Free", (SafeCLIP,), weighed)(**FAST))
+    assert after["L_1"] < free["L_1"]
 
 
 def test_only_the_named_layers_of_clip_encoders_change(tiny_model, data):

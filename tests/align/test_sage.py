@@ -5,6 +5,7 @@ import torch
 
 from safelight.align.base import TextData
 from safelight.align.des import DES
+from safelight.align.distortion import Recipe
 from safelight.align.sage import SAGE, l_esp, l_lsa
 from safelight.errors import BadInput
 from safelight.prompts import PromptSet
@@ -121,16 +122,16 @@ def test_no_gradient_reaches_the_frozen_readings(tiny_sd1, data):
 
 
 def test_with_both_weights_zero_it_is_des_step_for_step(tiny_model, data):
-    sage = SAGE(**FAST, esp=0.0, lsa=0.0, alpha_n=200.0).fit(tiny_model, data, seed=3)
+    sage = SAGE(**FAST, esp=0.0, lsa=0.0).fit(tiny_model, data, seed=3)
     des = DES(**FAST).fit(tiny_model, data, seed=3)
     assert sage.info["history"] == des.info["history"]
     assert all(torch.equal(sage.full[name], des.full[name]) for name in des.full)
-    other = SAGE(**SMALL, alpha_n=200.0).fit(tiny_model, data, seed=3)
+    other = SAGE(**SMALL).fit(tiny_model, data, seed=3)
     assert any(not torch.equal(other.full[name], des.full[name]) for name in des.full)
 
 
 def test_the_objective_is_that_of_des_and_the_weighted_terms(tiny_sd1, data):
-    method = SAGE(**SMALL, esp=2.0, lsa=0.5)
+    method = SAGE(**SMALL, lam=0.3, esp=2.0, lsa=0.5)
     _, batch = first(method, tiny_sd1, data)
     loss = method.loss(tiny_sd1, batch, torch.Generator())
     t = loss.terms
@@ -157,6 +158,15 @@ def test_the_perturbation_is_the_direction_or_the_reading_itself(tiny_sd1, data)
     assert terms[0] != pytest.approx(terms[1], rel=1e-3)
 
 
+def test_published_settings_are_for_encoders_of_published_size(tiny_sd1, monkeypatch):
+    assert SAGE().recipe(tiny_sd1) == DES().recipe(tiny_sd1)
+    monkeypatch.setattr(tiny_sd1.text_encoders["clip_l"].config, "hidden_size", 768)
+    assert SAGE().recipe(tiny_sd1) == Recipe(lam=0.3, alpha_n=205.0, batch=128)
+    method = SAGE()
+    assert (method.esp, method.lsa, method.k, method.a) == (2.0, 0.1, 15, 1.0)
+    assert (method.perturb, method.epochs) == ("unit", 2)
+
+
 def test_it_keeps_more_of_the_geometry_than_des(tiny_sd1, data):
     def kept(method):
         material = method.gather(tiny_sd1, data, seed=0)
@@ -164,7 +174,7 @@ def test_it_keeps_more_of_the_geometry_than_des(tiny_sd1, data):
         safe = [prompt.text for prompt in material.split.safe]
         return geometry.kept(tiny_sd1, patch, safe, ["clip_l"])
 
-    long = dict(lr=1e-3, batch=16)
+    long = dict(lr=1e-3, batch=16, lam=0.3, alpha_n=200.0)
     assert kept(DES(**long, epochs=10))["spread_ratio"] < 0.95
     assert kept(SAGE(**long, epochs=10, k=4))["spread_ratio"] > 0.99
     structure = kept(SAGE(**long, epochs=15, k=4, lsa=1.0))["jaccard"]
@@ -186,7 +196,6 @@ def test_a_short_last_batch_joins_the_one_before(tiny_sd1, data):
     "settings, says",
     [
         ({"batch": 15}, "batch must be larger than k"),
-        ({"k": 128}, "batch must be larger than k"),
         ({"k": 0}, "at least 1"),
         ({"esp": -1.0}, "esp must be at least 0"),
         ({"lsa": -1.0}, "lsa must be at least 0"),
@@ -208,5 +217,7 @@ def test_too_few_safe_prompts_to_be_neighbours_are_refused(tiny_sd1, data):
     few = TextData(safe=PromptSet.of(SAFE[:10], "safe"), unsafe=data.unsafe)
     with pytest.raises(BadInput, match="9 different safe prompts.*15 neighbours.*lower k"):
         SAGE().fit(tiny_sd1, few)
+    with pytest.raises(BadInput, match="not 32 with k 40"):  # the batch of small encoders
+        SAGE(k=40).fit(tiny_sd1, data)
     SAGE(**SMALL).fit(tiny_sd1, few)
     SAGE(**FAST, lsa=0.0).fit(tiny_sd1, few)

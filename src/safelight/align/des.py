@@ -23,8 +23,9 @@ the settings of the published training script (lambda 0.3, alpha 200, AdamW 1e-5
 Ours, beyond the paper:
 - *Several categories.* Each has a concept of its own; an unsafe prompt, and the safe one beside it,
   use their category's direction, and L_n is averaged over the concepts.
-- *alpha* is a norm. A CLIP-L reading has one of about 243, so 200 is 0.82 of a reading; it is taken
-  as that share for encoders of other sizes. It is called `alpha_n`: `alpha` is LoRA's.
+- *alpha* is a norm. A layer-normed CLIP-L reading has one of about 243, so 200 is 0.82 of it, and
+  encoders of other sizes get that share of theirs. It is called `alpha_n`: `alpha` is LoRA's.
+- *Small encoders* take lambda 0.6, alpha 50 and batches of 32 where nothing else is asked for.
 - *Empty prompt.* L_0 = cosdist(e~_0, e_0) joins L_s: every guided picture is painted against "".
 - *All encoders.* The terms are on what the denoiser really reads: token states of the layer it is
   given, and pooled vectors. Each has its own codebook.
@@ -37,7 +38,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from safelight.align.distortion import Distortion
+from safelight.align.distortion import Distortion, Recipe
 from safelight.flow import Card
 
 
@@ -59,3 +60,5 @@ class DES(Distortion):
             "mean ASR, FLUX.1": 0.0947,
         },
     )
+
+    published: ClassVar[Recipe] = Recipe(lam=0.3, alpha_n=200.0, batch=128)

@@ -9,8 +9,8 @@ scale of a loss, so this trains each encoder as if it were alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,27 @@ from safelight.errors import BadInput
 from safelight.flow import Prompt
 from safelight.models.base import TextToImage
 from safelight.training.data import shuffled, texts
-from safelight.training.embedding import Piece, Reading, Reference, remember
+from safelight.training.embedding import Piece, Reading, Reference, remember, size
 
 CLIP_L = (77, 768)  # the reading that the published alpha is for
 CLIP_L_NORM = (77 * 768) ** 0.5  # of such a reading after a layer norm: 243
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings that depend on the encoders' size."""
+
+    lam: float
+    alpha_n: float
+    batch: int
+
+
+SMALL = Recipe(lam=0.6, alpha_n=50.0, batch=32)
+"""For encoders like the Emoji World's, measured on its training prompts.
+
+Its safe readings have little in common (a mean cosine of 0.33), so that the published alpha moves
+them all, and a few hundred pairs leave too few steps in batches of 128.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,39 +54,53 @@ class Distortion(TextSide):
         concepts: One prompt per unsafe category that names its concept, in the order in which the
             data first mentions the categories; or one for all of them. () takes what the data says
             is unsafe about them (its column `unsafe_objects`), else the categories' own names.
-        lam: The paper's lambda: weight of holding safe prompts against moving unsafe ones.
+        batch: Pairs per step; None is the published 128, and 32 for small encoders.
+        lam: The paper's lambda: weight of holding safe prompts against moving unsafe ones; None is
+            the published 0.3, and 0.6 for small encoders.
         alpha_n: The paper's alpha: how far targets are taken off the concept, as a norm of a
-            CLIP-L reading; other encoders get the same share of their readings' norm.
+            CLIP-L reading; other encoders get the same share of their readings' norm. None is the
+            published value (DES 200, SAGE 205), and 50 for small encoders.
         empty: Hold "" as well, the condition of classifier-free guidance. False is the paper's.
     """
 
     # The published recipe: AdamW's own weight decay, a constant rate, all epochs.
     epochs: int = 2
-    batch: int = 128
+    batch: int | None = None  # type: ignore[assignment]  # resolved by `recipe`
     decay: float = 0.01
     anneal: bool = False
     patience: int = 0
 
     concepts: tuple[str, ...] = ()
-    lam: float = 0.3
-    alpha_n: float = 200.0
+    lam: float | None = None
+    alpha_n: float | None = None
     empty: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.lam <= 1:
+        if self.lam is not None and not 0 <= self.lam <= 1:
             raise BadInput(f"lam weighs holding against moving; it is from 0 to 1, not {self.lam}.")
-        if self.alpha_n < 0:
+        if self.alpha_n is not None and self.alpha_n < 0:
             raise BadInput(f"alpha_n must be at least 0, not {self.alpha_n}.")
         for text in self.concepts:
             if not text.strip():
                 raise BadInput("concepts has an empty entry; give every category a word or two.")
 
+    published: ClassVar[Recipe]
+
+    def recipe(self, model: TextToImage) -> Recipe:
+        """The settings of this run: those given, else published or, for small encoders, ours."""
+        own = SMALL if self.small(model) else self.published
+        return Recipe(
+            lam=own.lam if self.lam is None else self.lam,
+            alpha_n=own.alpha_n if self.alpha_n is None else self.alpha_n,
+            batch=self.batch or own.batch,
+        )
+
     # What stays constant
 
     def gather(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
         """The split, the original reading of every prompt, directions and targets."""
-        split, encoders = data.split(seed), self.chosen(model)
+        split, encoders, recipe = data.split(seed), self.chosen(model), self.recipe(model)
         concepts = named(data.unsafe_prompts, self.concepts)
         unsafe = (*split.unsafe, *split.unsafe_check)
         safe = (*split.safe, *split.safe_check)
@@ -78,15 +109,17 @@ class Distortion(TextSide):
             _require_words(tau, category, text)
         book = list(dict.fromkeys(texts(split.safe)))
         n = tau(list(concepts.values()))
-        scale = {name: _flat(p).norm(dim=1).mean().item() for name, p in tau(book).items()}
+        rows = tau.rows_of(book)
+        scale = {name: size(p[rows], "flatten").mean().item() for name, p in tau.pieces.items()}
         return Material(
+            recipe=recipe,
             split=split,
             tau=tau,
             concepts=concepts,
             n=n,
             n_hat={name: F.normalize(_flat(piece), dim=1) for name, piece in n.items()},
             alpha={
-                name: self.alpha_n * in_clip_units(model.family, piece, scale[name])
+                name: recipe.alpha_n * in_clip_units(model.family, piece, scale[name])
                 for name, piece in n.items()
             },
             goals=_goals(tau, texts(unsafe), book),
@@ -100,6 +133,7 @@ class Distortion(TextSide):
         return {
             "data": material.hashes,
             "split": {name: len(getattr(material.split, name)) for name in Split.__annotations__},
+            "recipe": asdict(material.recipe),
             "concepts": dict(material.concepts),
             "scale": material.scale,
             "alpha": material.alpha,
@@ -111,34 +145,35 @@ class Distortion(TextSide):
         """Pairs per epoch: the longer list once, the shorter repeated."""
         return max(len(material.split.safe), len(material.split.unsafe))
 
-    def pages(self, n: int) -> list[slice]:
-        """`n` pairs cut into batches."""
-        return pages(n, self.batch)
+    @property
+    def least(self) -> int:
+        """A last batch of fewer pairs joins the one before it."""
+        return 1
 
     def steps(self, material: Material) -> int:
         """The longer list is read once."""
-        return len(self.pages(self.pairs(material)))
+        return len(pages(self.pairs(material), material.recipe.batch, self.least))
 
     def batches(self, material: Material, epoch: int, rng: torch.Generator) -> Iterator[Batch]:
         """Both lists shuffled and zipped: who is paired with whom means nothing."""
         n = self.pairs(material)
         safe = shuffled(texts(material.split.safe), n, rng)
         unsafe = shuffled(material.split.unsafe, n, rng)
-        for page in self.pages(n):
+        for page in pages(n, material.recipe.batch, self.least):
             yield Batch(tuple(safe[page]), tuple(unsafe[page]), material)
 
     # The loss
 
     def terms(self, now: Reading, batch: Batch) -> dict[str, Tensor]:
         """L_u, L_s, L_n, and L_0 for the empty prompt: means over the pieces."""
-        each = [self._terms(name, now, batch) for name in now]
+        then = batch.material.tau(batch.rows)
+        each = [self._terms(name, batch.parts(now[name]), batch.parts(then[name]), batch)
+                for name in now]  # fmt: skip
         return {term: torch.stack([one[term] for one in each]).mean(0) for term in each[0]}
 
-    def _terms(self, name: str, now: Reading, batch: Batch) -> dict[str, Tensor]:
-        """The terms on one piece."""
+    def _terms(self, name: str, here: Parts, then: Parts, batch: Batch) -> dict[str, Tensor]:
+        """The terms on one piece: its readings now, and the original ones."""
         material = batch.material
-        here = batch.parts(now[name])
-        then = batch.parts(material.tau(batch.rows)[name])
         shift = material.alpha[name] * material.n_hat[name][batch.concept_rows]
         t = material.targets(name, batch.unsafe)
         found = {
@@ -150,15 +185,16 @@ class Distortion(TextSide):
             found["L_0"] = cosdist(here.e_0, then.e_0).mean()
         return found
 
-    def objective(self, terms: Mapping[str, Any]) -> Any:
+    def objective(self, terms: Mapping[str, Any], lam: float) -> Any:
         """lam * (L_s + L_0) + (1 - lam) * (L_u + L_n)."""
         held = terms["L_s"] + terms.get("L_0", 0.0)
-        return self.lam * held + (1 - self.lam) * (terms["L_u"] + terms["L_n"])
+        return lam * held + (1 - lam) * (terms["L_u"] + terms["L_n"])
 
     def loss(self, model: TextToImage, batch: Batch, rng: torch.Generator) -> Loss:
         """The objective on one batch of pairs."""
         terms = self.terms(batch.material.tau.now(model, batch.rows), batch)
-        return Loss(self.objective(terms), {name: term.item() for name, term in terms.items()})
+        total = self.objective(terms, batch.material.recipe.lam)
+        return Loss(total, {name: term.item() for name, term in terms.items()})
 
     @torch.no_grad()
     def check(self, model: TextToImage, material: Material) -> dict[str, float]:
@@ -166,7 +202,7 @@ class Distortion(TextSide):
         split = material.split
         n = max(len(split.safe_check), len(split.unsafe_check))
         sums: dict[str, float] = {}
-        for page in self.pages(n):
+        for page in pages(n, material.recipe.batch, self.least):
             rows = range(*page.indices(n))
             batch = Batch(
                 tuple(split.safe_check[i % len(split.safe_check)].text for i in rows),
@@ -181,7 +217,8 @@ class Distortion(TextSide):
             }
             for name, term in (self.terms(now, batch) | sides).items():
                 sums[name] = sums.get(name, 0.0) + term.item() * len(rows) / n
-        return {"lam": self.lam, "objective": self.objective(sums), **sums}
+        lam = material.recipe.lam
+        return {"lam": lam, "objective": self.objective(sums, lam), **sums}
 
 
 @dataclass(frozen=True)
@@ -189,6 +226,7 @@ class Material:
     """What stays constant while training; all of it from the original encoders.
 
     Args:
+        recipe: The settings of this run.
         split: Prompts to learn from and to check with.
         tau: The original readings.
         concepts: The concept prompt of each category.
@@ -201,6 +239,7 @@ class Material:
         hashes: SHA-256 of each prompt set.
     """
 
+    recipe: Recipe
     split: Split
     tau: Reference
     concepts: Mapping[str, str]
@@ -219,7 +258,7 @@ class Material:
 
     def targets(self, name: str, unsafe: Sequence[Prompt]) -> Float[Tensor, "prompt dim"]:
         """t = s* - alpha * n_hat on one piece."""
-        far = self.tau([self.goals[name][prompt.text] for prompt in unsafe])[name]
+        far = self.tau.piece(name, [self.goals[name][prompt.text] for prompt in unsafe])
         return _flat(far) - self.alpha[name] * self.n_hat[name][self.rows_of(unsafe)]
 
 
@@ -263,18 +302,30 @@ def cosdist(a: Float[Tensor, "row dim"], b: Float[Tensor, "#row dim"]) -> Float[
 
 
 def farthest(
-    u: Float[Tensor, "row dim"], book: Float[Tensor, "entry dim"], block: int = 1024
+    u: Float[Tensor, "row dim"],
+    book: Float[Tensor, "entry dim"],
+    *,
+    block: int = 1024,
+    device: torch.device | None = None,
 ) -> Int[Tensor, " row"]:
     """For each row the entry of a codebook with the *lowest* cosine to it, the first if several.
 
     Exact, and in blocks, so that a large codebook is never copied or compared as a whole.
+
+    Args:
+        block: Rows, and entries, that are on the device at a time.
+        device: Where to compare; where they are if None.
     """
+
+    def unit(x: Tensor) -> Tensor:
+        return F.normalize(x.to(device or x.device), dim=1)
+
     found = []
-    for rows in F.normalize(u, dim=1).split(block):
+    for rows in map(unit, u.split(block)):
         lowest = rows.new_full((len(rows),), torch.inf)
         at = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
         for start in range(0, len(book), block):
-            cos, i = (rows @ F.normalize(book[start : start + block], dim=1).T).min(1)
+            cos, i = (rows @ unit(book[start : start + block]).T).min(1)
             at = torch.where(cos < lowest, i + start, at)
             lowest = torch.minimum(lowest, cos)
         found.append(at)
@@ -334,16 +385,12 @@ def pages(n: int, batch: int, least: int = 1) -> list[slice]:
 
 def _goals(tau: Reference, unsafe: Sequence[str], book: Sequence[str]) -> dict[str, dict[str, str]]:
     """Each unsafe prompt's farthest safe prompt, by piece."""
-    u, entries = tau(unsafe), tau(book)
-    return {
-        name: {
-            text: book[i]
-            for text, i in zip(
-                unsafe, farthest(_flat(u[name]), _flat(entries[name])).tolist(), strict=True
-            )
-        }
-        for name in u
-    }
+    goals = {}
+    for name, piece in tau.pieces.items():
+        u, entries = (_flat(piece[tau.rows_of(these)]) for these in (unsafe, book))
+        at = farthest(u, entries, device=tau.device).tolist()
+        goals[name] = {text: book[i] for text, i in zip(unsafe, at, strict=True)}
+    return goals
 
 
 def _require_words(tau: Reference, category: str, text: str) -> None:

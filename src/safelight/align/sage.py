@@ -39,7 +39,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safelight.align.base import TextData
-from safelight.align.distortion import Batch, Distortion, Material, pages
+from safelight.align.distortion import Batch, Distortion, Material, Recipe
 from safelight.errors import BadInput, unknown
 from safelight.flow import Card
 from safelight.models.base import TextToImage
@@ -76,7 +76,8 @@ class SAGE(Distortion):
         },
     )
 
-    alpha_n: float = 205.0
+    published: ClassVar[Recipe] = Recipe(lam=0.3, alpha_n=205.0, batch=128)
+
     esp: float = 2.0
     lsa: float = 0.1
     k: int = 15
@@ -92,9 +93,13 @@ class SAGE(Distortion):
                 raise BadInput(f"{name} must be at least 0, not {getattr(self, name)}.")
         if self.k < 1:
             raise BadInput(f"k must be at least 1, not {self.k}.")
-        if self.lsa and self.batch <= self.k:
+        if self.batch is not None:
+            self._require_room(self.batch)
+
+    def _require_room(self, batch: int) -> None:
+        if self.lsa and batch <= self.k:
             raise BadInput(
-                f"batch must be larger than k, not {self.batch} with k {self.k}: a prompt's "
+                f"batch must be larger than k, not {batch} with k {self.k}: a prompt's "
                 "neighbours are looked for in its batch."
             )
 
@@ -105,6 +110,7 @@ class SAGE(Distortion):
 
     def gather(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
         """As for DES, if there are prompts enough to be neighbours."""
+        self._require_room(self.recipe(model).batch)
         material = super().gather(model, data, seed=seed)
         known = len({prompt.text for prompt in material.split.safe})
         if known < self.least:
@@ -113,10 +119,6 @@ class SAGE(Distortion):
                 f" neighbours needs at least {self.least}. Add safe prompts, or lower k."
             )
         return material
-
-    def pages(self, n: int) -> list[slice]:
-        """Batches that are all large enough."""
-        return pages(n, self.batch, self.least)
 
     def terms(self, now: Reading, batch: Batch) -> dict[str, Tensor]:
         """Those of DES, L_ESP and L_LSA."""
@@ -142,10 +144,10 @@ class SAGE(Distortion):
             return material.n[name].states.flatten(1)
         return material.n_hat[name]
 
-    def objective(self, terms: Mapping[str, Any]) -> Any:
+    def objective(self, terms: Mapping[str, Any], lam: float) -> Any:
         """L_DES + esp * L_ESP + lsa * L_LSA."""
         geometry = self.esp * terms.get("L_ESP", 0.0) + self.lsa * terms.get("L_LSA", 0.0)
-        return super().objective(terms) + geometry
+        return super().objective(terms, lam) + geometry
 
 
 def l_esp(now: Float[Tensor, "row dim"], then: Float[Tensor, "row dim"]) -> Float[Tensor, ""]:

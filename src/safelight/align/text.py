@@ -62,7 +62,7 @@ class TextSide(Trained):
         return self.encoders or tuple(model.text_encoders)
 
     def small(self, model: TextToImage) -> bool:
-        """Whether the encoders are far smaller than those that methods are published for."""
+        """Whether the chosen encoders are far smaller than those of published settings."""
         widths = [model.text_encoders[name].config.hidden_size for name in self.chosen(model)]
         return max(widths) < 512
 

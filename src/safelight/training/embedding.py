@@ -79,8 +79,12 @@ class Reference:
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Piece]:
         """The original readings of some prompts."""
-        rows = self._rows(prompts)
+        rows = self.rows_of(prompts)
         return {name: piece[rows].to(self.device) for name, piece in self.pieces.items()}
+
+    def piece(self, name: str, prompts: Sequence[str]) -> Piece:
+        """One piece of the original readings of some prompts."""
+        return self.pieces[name][self.rows_of(prompts)].to(self.device)
 
     def now(self, model: TextToImage, prompts: Sequence[str]) -> dict[str, Piece]:
         """The readings of the same prompts with the weights that the model has now."""
@@ -88,7 +92,7 @@ class Reference:
 
     def tokens_of(self, prompts: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """Ids and masks by encoder of some prompts."""
-        rows = self._rows(prompts)
+        rows = self.rows_of(prompts)
         return {
             name: (ids[rows].to(self.device), mask[rows].to(self.device))
             for name, (ids, mask) in self.tokens.items()
@@ -106,7 +110,8 @@ class Reference:
         each = [_unit(here[name]) @ _unit(there[name]).T for name in self.pieces]
         return torch.stack(each).mean(0)
 
-    def _rows(self, prompts: Sequence[str]) -> Int[Tensor, " prompt"]:
+    def rows_of(self, prompts: Sequence[str]) -> Int[Tensor, " prompt"]:
+        """Where some prompts are in the tensors."""
         return torch.tensor([self.rows[text] for text in prompts], dtype=torch.long)
 
 
