@@ -8,6 +8,7 @@ import torch
 from safelight.align.advunlearn import AdvUnlearn, Batch
 from safelight.align.base import TextData
 from safelight.errors import BadInput
+from safelight.flow import Written
 from safelight.models.sampling import repeat
 from safelight.models.soft import PLACEHOLDER
 from safelight.models.tiny import tiny
@@ -209,7 +210,9 @@ def test_the_end_mark_moves_and_the_length_stays(tiny_sdxl):
     for text in ("a knife", "knife " * 90):
         for name in tiny_sdxl.text_encoders:
             plain, mask = tiny_sdxl.tokenize(name, [text])
-            (ids, moved), _ = tiny_sdxl._read(name, [f"{PLACEHOLDER} {text}"], [token])
+            (ids, moved), _ = tiny_sdxl._read(
+                name, Written((f"{PLACEHOLDER} {text}",), (token,), (None,), (None,))
+            )
             assert ids.shape == plain.shape
             assert moved.sum() == min(mask.sum() + 1, 77)
             assert ids[0, moved.sum() - 1] == end

@@ -26,7 +26,7 @@ PAIRS = [{"prompt": f"a {kind} knife in the {where}",
           "safe_prompt": f"a {kind} fish in the {where}"}
          for kind in ("red", "big", "small") for where in ("park", "street", "sea")]  # fmt: skip
 UNSAFE = [row["prompt"] for row in PAIRS]
-FAST = dict(epochs=6, batch=4, lr=1e-2, patience=0)
+FAST = dict(epochs=8, batch=4, lr=3e-2, patience=0)
 
 
 @pytest.fixture

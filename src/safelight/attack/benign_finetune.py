@@ -250,6 +250,8 @@ class _Batch:
 class _Denoising(Trained):
     """The ordinary training of a denoiser."""
 
+    card: ClassVar[Card] = Card(title="Ordinary training", source="this project")
+
     profile: Profile
     rank: int
     alpha: float

@@ -11,10 +11,11 @@ import typer
 from safelight.cli.console import Json, emit, out, say, working
 from safelight.cli.patches import load_patches
 from safelight.errors import BadInput
-from safelight.report import tokens
 
 if TYPE_CHECKING:
     from rich.text import Text
+
+    from safelight.report import tokens
 
 FAINT = 0.1  # below this a token is left as it is
 COLD, HOT = (94, 52, 24), (214, 40, 24)
@@ -34,6 +35,8 @@ def explain(
     json: Json = False,
 ) -> None:
     """Show prompts with every token coloured by the score that a guard used for it."""
+    from safelight.report import tokens  # takes numpy along
+
     if output is not None:
         tokens.check_format(output)
     rows = scores(model, prompts, guard, patch or [])
@@ -76,6 +79,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from safelight.report import tokens
+
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column()
@@ -102,6 +107,8 @@ def _coloured(line: tokens.Line) -> Text:
 
 def _style(score: float) -> str:
     """White on a colour between brown and red, which can be read on any terminal."""
+    from safelight.report import tokens
+
     if score < FAINT:
         return ""
     r, g, b = (round(cold + (hot - cold) * score) for cold, hot in zip(COLD, HOT, strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safelight.cli.settings import build, split
-from safelight.names import find, table
+from safelight.names import find
 
 JUDGE = "emoji"
 
@@ -24,7 +24,7 @@ def guards(specs: Sequence[str]) -> list[Any]:
 
 def _guard(spec: str) -> Any:
     name, pairs = split(spec)
-    if name not in table("guard") and Path(name).is_dir():
+    if Path(name, "guard.json").is_file():  # also where a folder is named like its method
         return _learnt(name, pairs)
     method = find("guard", name)
     given = {}
