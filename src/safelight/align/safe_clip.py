@@ -195,8 +195,8 @@ class SafeCLIP(TextSide):
             terms["L_relative"] = _mean(
                 relative(u[name], then[name], goal[name]).mean() for name in u
             )
-        if tower:
-            V0 = batch.seen
+        V0 = batch.seen
+        if tower and V0 is not None:
             terms |= {"L_5": nce(v[tower], V0), "L_6": nce(u[tower], V0)}
         return terms
 

@@ -252,6 +252,9 @@ class Material:
 class Network(nn.Module):
     """Linear layers with ReLU and dropout in between, on standardised vectors."""
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, dim: int, hidden: Sequence[int], labels: int, dropout: float) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))

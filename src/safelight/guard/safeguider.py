@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,7 @@ class SafeGuider(Recogniser):
     calibrated: bool = False
 
     known_ = None  # type: dict[str, Decision] | None
-    widths_ = ()  # type: Any  # of the encoders' vectors
+    widths_: ClassVar[Any] = ()  # of the encoders' vectors
 
     def __post_init__(self) -> None:
         super().__post_init__()

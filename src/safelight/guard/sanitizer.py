@@ -504,8 +504,9 @@ class Network(nn.Module):
         self.move = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, dim))
         self.gain = nn.Parameter(torch.zeros(dim)) if estimate == "anchor" else None
         if self.gain is None:
-            nn.init.zeros_(self.move[-1].weight)
-            nn.init.zeros_(self.move[-1].bias)
+            last: Any = self.move[-1]
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def forward(
         self, E: Float[Tensor, "batch token dim"], own: Bool[Tensor, "batch token"]

@@ -371,8 +371,9 @@ class Tokens(nn.Module):
 
     def safety(self, categories: Sequence[int], g: float = 1.0) -> dict[str, Tensor]:
         """The tokens of some categories side by side, at a strength."""
+        vectors: Any = self.v
         return {
-            name: torch.cat([self._at(self.v[i][name], first, g) for i in categories])
+            name: torch.cat([self._at(vectors[i][name], first, g) for i in categories])
             for name, first in self.start.items()
         }
 
@@ -462,7 +463,8 @@ def painted(
         asked.setdefault(r, asked[p])
     for number, text in enumerate(benign):
         asked.setdefault(text, seed + number)
-    every, found = list(asked.items()), {}
+    every = list(asked.items())
+    found: dict[str, Tensor] = {}
     for i in range(0, len(every), batch):
         part = every[i : i + batch]
         z = model.sample(model.encode([text for text, _ in part]), seed=[s for _, s in part])
@@ -482,7 +484,9 @@ def _require_pairs(prompts: Sequence[Prompt], learn: Mapping[str, Any]) -> None:
 def _gate(model: TextToImage, fitted: Fitted) -> TextProbe:
     """The probe that was learnt along."""
     about = fitted.info["gate"]
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in about["settings"].items()}
+    given: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in about["settings"].items()
+    }
     weights = {
         name.removeprefix("gate."): value
         for name, value in fitted.weights.items()
