@@ -74,20 +74,25 @@ def test_every_slot_gets_its_share_of_the_candidates(n, slots):
     assert set(counts) <= {n // slots, -(-n // slots)} and sum(counts) == n
 
 
-def test_nothing_forbidden_is_proposed_not_even_across_two_tokens(tiny_sd1):
+def test_no_token_with_a_forbidden_word_is_proposed(tiny_sd1):
     pool, hunt = hunting(tiny_sd1, forbidden=("cat", "kni"))
     words = [word for word, good in zip(pool.words, hunt.allowed.tolist(), strict=True) if good]
     assert not any("cat" in word or "kni" in word for word in words)
     assert not hunt.allowed[tiny_sd1.tokenizers["clip_l"].all_special_ids].any()
 
-    first, second = pool.tokenizer.convert_tokens_to_ids(["ca", "t</w>"])
+
+@pytest.mark.parametrize("forbidden", [(), ("cadog",)])
+def test_a_text_that_spells_a_forbidden_word_across_two_tokens_is_not_scored(tiny_sd1, forbidden):
+    pool, hunt = hunting(tiny_sd1, forbidden=forbidden)
+    first, second = pool.tokenizer.convert_tokens_to_ids(["ca", "dog</w>"])
     assert hunt.allowed[first] and hunt.allowed[second]
     hunt.now = torch.tensor([first, *pool.ids(["a c d e"])[0]])
     slope = torch.zeros(5, len(pool.words))
-    slope[1, second] = -1  # "ca" + "t" is what the gradient wants
-    assert spells(pool.written(torch.tensor([[first, second]]))[0], ("cat",))
-    texts = [text for seed in range(20) for text in hunt.candidates(slope, 60, 1, rng(seed))]
-    assert texts and not any(spells(text, ("cat", "kni")) for text in texts)
+    slope[1, second] = -1  # "ca" + "dog" is what the gradient wants
+    (text,) = pool.written(torch.tensor([[first, second, *hunt.now[2:].tolist()]]))
+    assert spells(text, ("cadog",)) and len(pool.ids([text])[0]) == 5
+    found = [text for seed in range(5) for text in hunt.candidates(slope, 60, 1, rng(seed))]
+    assert found and (text in found) is not bool(forbidden)
 
 
 def test_candidates_change_one_slot_and_keep_their_length(tiny_sd1):
