@@ -139,6 +139,8 @@ def test_the_sequence_of_times_descends_inside_the_window(tiny_sd1):
         assert t.max() - t.min() < 90 and t.min() >= 0 and t.max() < 1000
         uppers.add(t.max().item() // 100)
     assert len(uppers) > 5
+    whole = draw(tiny_sd1, attack=CCE(**SHORT, window=1000, times=1000)).sequence()
+    assert torch.equal(whole, torch.arange(999.0, -1, -1))  # all times of the training, once
 
 
 def test_guards_that_edit_the_noise_begin_anew_with_every_sequence(tiny_sd1):
@@ -150,6 +152,7 @@ def test_guards_that_edit_the_noise_begin_anew_with_every_sequence(tiny_sd1):
     assert indices == [0, 1, 2] * 2
     assert guard.memories[0] == guard.memories[3] == 0 < guard.memories[1]
     assert times[0] > times[1] > times[2] and times[:3] != times[3:]
+    assert guard.memory is None  # that of the pictures painted in between
 
 
 def test_the_counter_of_the_authors_code_can_be_asked_for(tiny_sd1):

@@ -296,6 +296,13 @@ def test_no_picture_is_painted_of_a_prompt_that_succeeds_as_it_is(tiny_sd1, monk
         lambda prompts, hunt, pictures, other, rows: painted.append(rows)
         or torch.stack(list(BY_ID.values()))[rows],
     )  # fmt: skip
+    seen = []
+    real = uda.loss
+    monkeypatch.setattr(
+        uda, "loss", lambda m, c, z, eps, t: seen.append(z) or real(m, c, z, eps, t)
+    )
     judge = Says(lambda text: text == PROMPTS.prompts[0].text)
     UnlearnDiffAtk(**SHORT | {"pictures": None})(PROMPTS, tiny_sd1, judge=judge, sampling=FAST)
     assert painted == [[1]]
+    own = tiny_sd1.encode_images(BY_ID["two"][None])
+    assert all(torch.allclose(z, own, atol=1e-6) for z in seen)
