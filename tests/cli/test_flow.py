@@ -230,8 +230,16 @@ def test_ctrl_c_during_training_leaves_nothing_behind(folder, tmp_path):
         text=True,
     )
     wait_for_work(process.pid, seconds=9)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    for _ in range(6):  # an import may swallow the first one on a slow machine
+        process.send_signal(signal.SIGINT)
+        try:
+            _, err = process.communicate(timeout=15)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    else:
+        process.kill()
+        pytest.fail("Ctrl-C did not stop the training")
     assert process.returncode == 3, err
     assert "stopped" in err and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []

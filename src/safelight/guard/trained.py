@@ -96,7 +96,9 @@ class TrainedGuard(Descent, Guard):
             descent: `watch`, `meter`, `until` as for `descend`.
         """
         new = copy.copy(self)
-        found = new.descend(model, material, seed=seed, **descent)
+        with torch.random.fork_rng():  # dropout draws from torch's own generator
+            torch.manual_seed(seed)
+            found = new.descend(model, material, seed=seed, **descent)
         return new._with(
             Fitted(
                 weights=found.learnt.full,
