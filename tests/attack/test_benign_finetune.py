@@ -61,6 +61,28 @@ def test_it_trains_what_its_profile_says_and_leaves_the_model_alone(tiny_model, 
         assert tiny_model.hashes()["denoiser"] != before["denoiser"]
 
 
+@pytest.mark.parametrize("profile", ["lora", "full"])
+def test_text_encoders_are_trained_when_asked(tiny_model, profile):
+    before = tiny_model.hashes()
+    attack = BenignFinetune(**SHORT | {"profile": profile, "epochs": 1}, text_encoders=True)
+    patch = attack.tamper(tiny_model)
+    assert tiny_model.hashes() == before
+    parts = {name.partition(".")[0] for name in patch.names}
+    assert parts == {"denoiser", *tiny_model.text_encoders}
+    if profile == "lora":
+        ends = {name.split(".")[-2] for name in patch.names if not name.startswith("denoiser.")}
+        assert ends <= {"q_proj", "k_proj", "v_proj", "out_proj", "q", "k", "v", "o"}
+    with tiny_model.patched(patch):
+        after = tiny_model.hashes()
+    # the loss reaches them; what nothing reads of an encoder stays as it is
+    assert all(after[name] != before[name] for name in parts)
+
+
+def test_layers_that_read_the_text_are_not_in_the_encoder():
+    with pytest.raises(BadInput, match="lora or full"):
+        BenignFinetune(**SHORT, profile="cross", text_encoders=True)
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_pictures_are_learnt(tiny_sd1, profile):
     patch = BenignFinetune(**SHORT | {"profile": profile, "lr": 3e-3, "epochs": 3}).tamper(tiny_sd1)

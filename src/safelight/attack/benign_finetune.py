@@ -13,6 +13,10 @@ of SPQR, arXiv:2511.19558, section on fine-tuning):
     "cross"  those weights of the layers that read the text
     "full"   all weights of the denoiser
 
+With `text_encoders` those are trained as well (an ordinary option of fine-tuning scripts): the LoRA
+on their attentions too, or all of their weights. A defence in a text encoder is out of reach of a
+fine-tuning that leaves the encoder as it is.
+
 Report the unsafe rate before and after on the same prompts and seeds, with a paired interval, and
 the same fine-tuning of the undefended model beside it: its rate is the ceiling. With `modular` the
 same LoRA is trained on the undefended weights and put on beside the defence (Modular LoRA,
@@ -39,14 +43,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safelight.align.base import Loss, Trained
 from safelight.attack.base import Access, Attack, Search, Target, model_of, name_of
 from safelight.attack.pictures import FAR, Pictures, brought, kept, painted
 from safelight.errors import BadInput, Unsupported
-from safelight.flow import Card, Prompt
+from safelight.flow import Card, Condition, Prompt
 from safelight.models.base import TextToImage
 from safelight.models.patch import Patch
 from safelight.prompts import PromptSet
+from safelight.training.descent import Descended, Descent, Loss
 from safelight.training.weights import Learnt, Loan, full, lora
 
 Profile = Literal["lora", "cross", "full"]
@@ -57,6 +61,8 @@ PARTS = (
     "to_q", "to_k", "to_v", "to_out.0",
     "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
 )  # fmt: skip
+# The same in the text encoders: CLIP's names, then T5's.
+WORDS = ("q_proj", "k_proj", "v_proj", "out_proj", "q", "k", "v", "o")
 
 
 @dataclass(kw_only=True)
@@ -68,6 +74,7 @@ class BenignFinetune(Attack):
         pictures: The pictures, a folder with `<id>.png` or tensors by id of the prompt; painted by
             the undefended model if None.
         profile: How much of the denoiser is trained.
+        text_encoders: Train the text encoders as well; with "lora" or "full".
         rank: Rank of the LoRA factors.
         alpha: Scale of the LoRA factors.
         epochs: Passes over the pictures.
@@ -97,6 +104,7 @@ class BenignFinetune(Attack):
     data: str | PromptSet = "emoji/safe/train"
     pictures: Pictures | None = None
     profile: Profile = "lora"
+    text_encoders: bool = False
     rank: int = 8
     alpha: float = 16.0
     epochs: int = 3
@@ -111,6 +119,8 @@ class BenignFinetune(Attack):
     def __post_init__(self) -> None:
         if self.profile not in ("lora", "cross", "full"):
             raise BadInput(f"profile is lora, cross or full, not {self.profile!r}.")
+        if self.text_encoders and self.profile == "cross":
+            raise BadInput("cross trains layers of the denoiser; use lora or full.")
         if self.modular and self.profile != "lora":
             raise BadInput("modular fine-tuning is a LoRA beside the defence; use profile=lora.")
         if self.modular and self.undefended is not None:
@@ -146,12 +156,14 @@ class BenignFinetune(Attack):
             decay=self.decay,
             patience=0,
             profile=self.profile,
+            modules=("denoiser", *(model.text_encoders if self.text_encoders else ())),
             rank=self.rank,
             alpha=self.alpha,
         )
         before = model.parameters()
         with model.unpatched() if self.modular else nullcontext():
-            made = training.fit(model, _Captioned(images, data.texts), seed=seed)
+            material = training.gather(model, _Captioned(images, data.texts), seed=seed)
+            made = training.descend(model, material, seed=seed)
         return self._patch(made, model, before, data)
 
     def _images(self, data: PromptSet, model: TextToImage) -> Float[Tensor, "picture 3 h w"]:
@@ -172,13 +184,13 @@ class BenignFinetune(Attack):
         return data if self.limit is None else data.take(self.limit)
 
     def _patch(
-        self, made: Patch, model: TextToImage, before: Mapping[str, Tensor], data: PromptSet
+        self, made: Descended, model: TextToImage, before: Mapping[str, Tensor], data: PromptSet
     ) -> Patch:
         """The change itself, so that it adds up with the patches it was trained on top of."""
         with model.unpatched():
             base = model.hashes()
         moved = {}
-        for name, value in made.full.items():
+        for name, value in made.learnt.full.items():
             W0, W = model.untouched(name), before[name]
             there = W0.detach().float().cpu() - W.detach().float().cpu()
             moved[name] = value if W is W0 else value + there
@@ -188,14 +200,25 @@ class BenignFinetune(Attack):
             "pictures": self._source(),
         }
         del settings["undefended"], settings["store"]
-        info = {**made.info, "data": {data.name: data.sha256}, "starts_from": self._start(model)}
-        made = replace(made, full=moved, base=base, method=name_of(self), settings=settings)
+        patch = Patch(
+            full=moved,
+            low_rank=dict(made.learnt.low_rank),
+            method=name_of(self),
+            settings=settings,
+            family=model.family,
+            base=dict(base),
+            info={
+                **made.info,
+                "data": {data.name: data.sha256},
+                "starts_from": self._start(model),
+            },
+        )
         defence = {
             name: W.detach().float() - model.untouched(name).float()
             for name, W in before.items()
             if W is not model.untouched(name)
         }
-        return replace(made, info={**info, "cosine": cosines(made, defence, model)})
+        return replace(patch, info={**patch.info, "cosine": cosines(patch, defence, model)})
 
     def _source(self) -> str | None:
         return "given" if isinstance(self.pictures, Mapping) else self.pictures
@@ -247,12 +270,11 @@ class _Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Denoising(Trained):
-    """The ordinary training of a denoiser."""
-
-    card: ClassVar[Card] = Card(title="Ordinary training", source="this project")
+class _Denoising(Descent):
+    """The ordinary training of a denoiser, with the text encoders or without."""
 
     profile: Profile
+    modules: tuple[str, ...]
     rank: int
     alpha: float
 
@@ -268,11 +290,11 @@ class _Denoising(Trained):
 
     def lend(self, model: TextToImage, rng: torch.Generator) -> AbstractContextManager[Loan]:
         if self.profile == "full":
-            return full(model, ["denoiser"])
+            return full(model, self.modules)
         if self.profile == "cross":
             readers = _readers(model)
-            return _some(full(model, ["denoiser"]), lambda name: name in readers)
-        loan = lora(model, ["denoiser"], rank=self.rank, alpha=self.alpha, rng=rng)
+            return _some(full(model, self.modules), lambda name: name in readers)
+        loan = lora(model, self.modules, rank=self.rank, alpha=self.alpha, rng=rng)
         attention = _attention(model)
         return _some(loan, lambda name: name.removesuffix(".A").removesuffix(".B") in attention)
 
@@ -286,7 +308,7 @@ class _Denoising(Trained):
             yield _Batch(material.z[rows], tuple(material.texts[i] for i in rows))
 
     def loss(self, model: TextToImage, batch: _Batch, rng: torch.Generator) -> Loss:
-        each = _error(model, batch, rng)
+        each = _error(model, batch, model.encode(batch.texts), rng)
         return Loss(each.mean(), {"loss": each.mean().item()})
 
     @torch.no_grad()
@@ -295,12 +317,13 @@ class _Denoising(Trained):
         rng = torch.Generator().manual_seed(material.seed)
         rows = list(material.held)
         batch = _Batch(material.z[rows], tuple(material.texts[i] for i in rows))
-        return {"objective": _error(model, batch, rng).mean().item()}
-
-
-def _error(model: TextToImage, batch: _Batch, rng: torch.Generator) -> Float[Tensor, " picture"]:
-    with torch.no_grad():
         told = model.encode(batch.texts)
+        return {"objective": _error(model, batch, told, rng).mean().item()}
+
+
+def _error(
+    model: TextToImage, batch: _Batch, told: Condition, rng: torch.Generator
+) -> Float[Tensor, " picture"]:
     z = batch.z.to(model.dtype)
     t = model.random_times(len(z), rng)
     eps = torch.randn(z.shape, generator=rng).to(z)
@@ -309,12 +332,14 @@ def _error(model: TextToImage, batch: _Batch, rng: torch.Generator) -> Float[Ten
 
 
 def _attention(model: TextToImage) -> set[str]:
-    """Weights of q, k, v and out of every attention of the denoiser."""
+    """Weights of q, k, v and out of every attention, of the denoiser and the text encoders."""
+    ends = tuple(f".{part}.weight" for part in PARTS)
+    words = tuple(f".{part}.weight" for part in WORDS)
     return {
         name
         for name in model.parameters()
-        if name.startswith("denoiser.")
-        and name.endswith(tuple(f".{part}.weight" for part in PARTS))
+        if name.endswith(ends if name.startswith("denoiser.") else words)
+        and name.partition(".")[0] in ("denoiser", *model.text_encoders)
     }
 
 
@@ -323,8 +348,8 @@ def _readers(model: TextToImage) -> set[str]:
     return {
         name
         for name in _attention(model)
-        if ".attn2." in name
-        and ".to_q." not in name
+        if name.startswith("denoiser.")
+        and (".attn2." in name and ".to_q." not in name)
         or any(f".{part}." in name for part in PARTS[5:])
     }
 
