@@ -25,10 +25,10 @@ def setting(model):
     return tau.tokens_of(PROMPTS), far
 
 
-def found(model, steps, radius=0.5, seed=0):
+def found(model, steps, radius=0.5, seed=0, slots=0):
     tokens, far = setting(model)
     rng = torch.Generator().manual_seed(seed)
-    delta = worst_case(model, tokens, far, radius=radius, steps=steps, rng=rng)
+    tokens, delta = worst_case(model, tokens, far, radius=radius, steps=steps, rng=rng, slots=slots)
     with torch.no_grad(), pushed(model, delta):
         return delta, far(read(model, tokens))
 
@@ -60,3 +60,46 @@ def test_the_same_seed_finds_the_same(model):
     (a, _), (b, _), (c, _) = (found(model, steps=1, seed=seed) for seed in (0, 0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_words_in_front_come_nearer_than_random_ones(model):
+    chance = torch.stack([found(model, steps=0, radius=0, seed=s, slots=3)[1] for s in range(4)])
+    worst = torch.stack([found(model, steps=4, radius=0, seed=s, slots=3)[1] for s in range(4)])
+    assert worst.mean() < chance.mean()
+
+
+def test_words_in_front_leave_marks_and_prompt_alone(model):
+    tokens, far = setting(model)
+    rng = torch.Generator().manual_seed(0)
+    made, delta = worst_case(model, tokens, far, radius=0.2, steps=1, rng=rng, slots=2)
+    for name, (ids, mask) in made.items():
+        old, own = tokens[name]
+        first = len(model.tokenizers[name]("").input_ids) - 1
+        marks = torch.tensor(model.tokenizers[name].all_special_ids)
+        assert ids.shape == old.shape
+        assert torch.equal(ids[:, :first], old[:, :first])
+        assert not torch.isin(ids[:, first : first + 2], marks).any()
+        assert ids.max() < model.token_table(name).weight.shape[0]
+        for row in range(len(ids)):
+            n = int(own[row].sum())
+            assert int(mask[row].sum()) == min(n + 2, ids.shape[1])
+            if n + 2 <= ids.shape[1]:
+                assert torch.equal(ids[row, first + 2 : n + 2], old[row, first:n])
+            last = int(mask[row].sum()) - 1
+            assert ids[row, last] == old[row, n - 1]  # the end mark is still the end
+        push = delta[name].norm(dim=-1)
+        assert push[:, first : first + 2].max() == 0 and push.max() > 0
+
+
+def test_a_prompt_that_no_longer_fits_keeps_its_end_mark(model):
+    name = next(iter(model.text_encoders))
+    long = " ".join(["sword"] * 200)
+    tokens = {name: model.tokenize(name, [long])}
+
+    def far(now):
+        return next(iter(now.values())).states.square().sum((1, 2))
+
+    rng = torch.Generator().manual_seed(0)
+    made, delta = worst_case(model, tokens, far, radius=0.2, steps=1, rng=rng, slots=3)
+    assert made[name][0][0, -1] == tokens[name][0][0, -1] and made[name][1].all()
+    assert delta[name][0, -1].norm() == 0

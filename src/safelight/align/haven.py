@@ -5,8 +5,8 @@ original encoder, `tau_s` the trained one, `p` an unsafe prompt, `p'` its safe c
 prompts with "" among them, and `d` the Euclidean distance in units of a safe reading's mean norm:
 
     L_d = mean over D_u of d(tau_s(p), tau(p'))                         destination
-    L_w = mean over D_u of d(tau_s(p + delta), tau(p')),                worst case
-          delta = argmin over |delta_i| <= r of d(tau_s(p + delta), tau(p))
+    L_w = mean over D_u of d(tau_s(v, p + delta), tau(p')),             worst case
+          v, delta = argmin over |delta_i| <= r of d(tau_s(v, p + delta), tau(p))
     L_h = mean over D_s of d(tau_s(p), tau(p))                          hold
     L_s = max(0, S(tau(D_s)) - S(tau_s(D_s)))                           spread
 
@@ -17,10 +17,13 @@ prompts with "" among them, and `d` the Euclidean distance in units of a safe re
 - *Layers only.* The embedding tables stay as they are. A table that may change learns the words on
   the list; layers alone must learn what the words mean, and carry it over to words of the same
   meaning that no list names. Of all parts this one does most for paraphrases.
-- *Worst case.* Pushes of the words' embeddings that bring the *trained* encoder nearest to the old
-  reading, found anew at every step (AdvUnlearn, arXiv:2405.15234, does so through the denoiser).
-- *Hold and spread.* Safe prompts, and variants of them with random words of the tokenizer's
-  vocabulary but for those that come near unsafe prompts, stay where they were, and as far apart
+- *Neighbours.* D_u grows by prompts in which an unsafe phrase is exchanged for words of the
+  tokenizer's vocabulary that the original encoder finds like it, and unlike anything benign.
+- *Worst case.* Pushes of the words' embeddings, and words `v` in front of the prompt, that bring
+  the *trained* encoder nearest to the old reading, found anew at every step (AdvUnlearn,
+  arXiv:2405.15234, does so through the denoiser).
+- *Hold and spread.* Safe prompts, and variants of them with random words of the vocabulary inside
+  or in front but for those that come near unsafe prompts, stay where they were, and as far apart
   (SAGE, arXiv:2607.00402). "" is in every batch: classifier-free guidance asks for it.
 
 Source: this project. All categories are learnt at once. Needs two lists of prompts and gradients of
@@ -29,8 +32,8 @@ the text encoder; no pictures, no denoiser.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -39,13 +42,14 @@ from torch import Tensor
 from safelight.align.base import Loss, Split, TextData
 from safelight.align.text import Scope, TextSide, moved
 from safelight.errors import BadInput
-from safelight.flow import Card
+from safelight.flow import Card, Prompt
 from safelight.models.base import TextToImage
-from safelight.training.augment import exchanged, vocabulary
+from safelight.training.augment import exchanged, neighbours, prefixed, vocabulary
 from safelight.training.counterparts import destinations, harmless
 from safelight.training.data import shuffled, texts
 from safelight.training.embedding import Reading, Reference, distance, read, remember, size
 from safelight.training.geometry import spread
+from safelight.training.pairs import of_prompts
 from safelight.training.worst import pushed, worst_case
 
 
@@ -57,10 +61,14 @@ class Haven(TextSide):
         worst: Weight of the worst case; 0 leaves it out.
         radius: Of a token's push, in units of the mean norm of a word's embedding.
         inner: Steps in which the worst case is looked for.
+        slots: Words in front of the prompt that the worst case may choose.
+        nearby: Prompts with neighbours of unsafe phrases, as a share of the unsafe prompts. Only
+            prompts with a `safe_prompt` tell which phrase is unsafe.
         hold: Weight of holding safe prompts.
         spread: Weight of keeping safe prompts apart.
         variants: Copies of each safe prompt with one or two words exchanged for random words of the
-            tokenizer's vocabulary; they are held as well.
+            tokenizer's vocabulary, or with some of those in front; they are held as well.
+        avoid: Words that neighbours and variants must not use.
     """
 
     card: ClassVar[Card] = Card(
@@ -78,13 +86,16 @@ class Haven(TextSide):
     worst: float = 1.0
     radius: float = 0.3
     inner: int = 1
+    slots: int = 4
+    nearby: float = 0.5
     hold: float = 2.0
     spread: float = 1.0
     variants: int = 2
+    avoid: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("worst", "radius", "hold", "spread"):
+        for name in ("worst", "radius", "hold", "spread", "slots", "nearby", "variants"):
             if getattr(self, name) < 0:
                 raise BadInput(f"{name} must be at least 0, not {getattr(self, name)}.")
         if self.batch < 4:
@@ -95,15 +106,16 @@ class Haven(TextSide):
     def gather(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
         """The split, tau's reading of every prompt, and each unsafe prompt's destination."""
         split, encoders = data.split(seed), self.chosen(model)
-        unsafe, safe = (*split.unsafe, *split.unsafe_check), texts(split.safe)
-        known = [p.safe_prompt for p in unsafe if p.safe_prompt]
-        words = vocabulary(model.tokenizers[encoders[0]])
         rng = torch.Generator().manual_seed(seed)
-        pairs = exchanged(safe * self.variants, words, rng)
+        near, far = self._vocabulary(model, split, encoders[0], rng)
+        unsafe, safe = (*split.unsafe, *near, *split.unsafe_check), texts(split.safe)
+        known = [p.safe_prompt for p in unsafe if p.safe_prompt]
+        pairs = self._varied(safe, far, rng)
         everything = ["", *safe, *texts((*split.safe_check, *unsafe)), *known]
         tau = remember(model, [*everything, *(variant for _, variant in pairs)], encoders)
         return Material(
             split=split,
+            unsafe=texts((*split.unsafe, *near)),
             held=(*safe, *harmless(tau, pairs, texts(split.unsafe))),
             tau=tau,
             goals=destinations(tau, unsafe, safe),
@@ -111,14 +123,47 @@ class Haven(TextSide):
             hashes=data.hashes(),
         )
 
+    def _varied(
+        self, safe: list[str], words: list[str], rng: torch.Generator
+    ) -> list[tuple[str, str]]:
+        """Safe prompts with variants: with words exchanged, and with words in front, in turns."""
+        change = (exchanged, prefixed)
+        return [pair for i in range(self.variants) for pair in change[i % 2](safe, words, rng)]
+
+    def _vocabulary(
+        self, model: TextToImage, split: Split, encoder: str, rng: torch.Generator
+    ) -> tuple[list[Prompt], list[str]]:
+        """Unsafe prompts with neighbours of their phrases, and words that may vary safe ones."""
+        paired = [p for p in split.unsafe if p.safe_prompt]
+        pairs = of_prompts(paired)
+        banned = {word for entry in self.avoid for word in entry.split()}
+        words = [w for w in vocabulary(model.tokenizers[encoder]) if w not in banned]
+        if not pairs or not self.nearby:
+            return [], words
+        benign = [*texts(split.safe), *(p.anchor for p in pairs)]
+        known = neighbours(model, encoder, [p.phrase for p in pairs], benign, [*banned], rng)
+        able = [
+            (prompt, pair)
+            for prompt, pair in zip(paired, pairs, strict=True)
+            if pair.phrase in known.near
+        ]
+        drawn = shuffled(range(len(able)), round(self.nearby * len(paired)), rng) if able else []
+        made = []
+        for prompt, pair in (able[i] for i in drawn):
+            choice = known.near[pair.phrase]
+            word = choice[int(torch.randint(len(choice), (1,), generator=rng))]
+            made.append(replace(prompt, text=pair.saying(word).target))
+        near = {word for found in known.near.values() for word in found}
+        return made, [word for word in words if word not in near]
+
     def steps(self, material: Material) -> int:
         """An epoch reads every unsafe prompt once."""
-        return -(-len(material.split.unsafe) // (self.batch // 2))
+        return -(-len(material.unsafe) // (self.batch // 2))
 
     def batches(self, material: Material, epoch: int, rng: torch.Generator) -> Iterator[Batch]:
         """Half unsafe and half safe prompts; "" is always among the safe ones."""
         half, steps = self.batch // 2, self.steps(material)
-        unsafe = shuffled(texts(material.split.unsafe), half * steps, rng)
+        unsafe = shuffled(material.unsafe, half * steps, rng)
         safe = shuffled(material.held, (half - 1) * steps, rng)
         for i in range(steps):
             kept = safe[i * (half - 1) : (i + 1) * (half - 1)]
@@ -128,7 +173,7 @@ class Haven(TextSide):
         """L_d + worst * L_w + hold * L_h + spread * L_s."""
         now = batch.material.tau.now(model, (*batch.safe, *batch.unsafe))
         terms = {name: rows.mean() for name, rows in self._plain(now, batch).items()}
-        if self.worst and self.radius:
+        if self.worst and (self.radius or self.slots):
             terms["L_w"] = self._under_attack(model, batch, rng).mean()
         if self.spread:
             terms["L_s"] = self._shrunk(now, batch)
@@ -153,13 +198,14 @@ class Haven(TextSide):
         material = batch.material
         old, goals = material.tau(batch.unsafe), material.tau(batch.goals)
         tokens = material.tau.tokens_of(batch.unsafe)
-        delta = worst_case(
+        tokens, delta = worst_case(
             model,
             tokens,
             lambda now: material.apart(now, old),
             radius=self.radius,
             steps=self.inner,
             rng=rng,
+            slots=self.slots,
         )
         with pushed(model, delta):
             return material.apart(read(model, tokens), goals)
@@ -195,6 +241,7 @@ class Haven(TextSide):
         return {
             "data": material.hashes,
             "held": len(material.held),
+            "neighbours": len(material.unsafe) - len(material.split.unsafe),
             "split": {name: len(getattr(material.split, name)) for name in Split.__annotations__},
             "scale": material.scale,
         }
@@ -206,6 +253,7 @@ class Material:
 
     Args:
         split: Prompts to learn from and to check with.
+        unsafe: Unsafe prompts to learn from, those with neighbours included.
         held: Safe prompts to learn from, variants included.
         tau: The original encoders' readings.
         goals: The destination of each unsafe prompt.
@@ -214,6 +262,7 @@ class Material:
     """
 
     split: Split
+    unsafe: Sequence[str]
     held: tuple[str, ...]
     tau: Reference
     goals: Mapping[str, str]

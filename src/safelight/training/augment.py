@@ -58,6 +58,26 @@ def exchanged(
     return pairs
 
 
+def prefixed(
+    texts: Sequence[str], words: Sequence[str], rng: torch.Generator, *, most: int = 5
+) -> list[tuple[str, str]]:
+    """Each text with a variant that has random words in front.
+
+    Args:
+        texts: Prompts.
+        words: What may be put in front; without any there are no variants.
+        most: Words at most; at least one.
+    """
+    if not words:
+        return []
+    pairs = []
+    for text in texts:
+        n = 1 + int(torch.randint(most, (1,), generator=rng))
+        front = [words[i] for i in torch.randint(len(words), (n,), generator=rng).tolist()]
+        pairs.append((text, " ".join([*front, text])))
+    return pairs
+
+
 @dataclass(frozen=True)
 class Neighbours:
     """Words of a vocabulary, sorted by what an encoder finds them like.

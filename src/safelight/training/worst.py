@@ -1,13 +1,16 @@
-"""The worst that small pushes of a prompt's token embeddings can do to its reading.
+"""The worst that an attacker can do to a prompt's reading: pushes of its words, words before it.
 
-An encoder that was taught what to do with some words may do the old thing with words near them.
-`worst_case` looks for those by projected gradient descent (Madry et al., arXiv:1706.06083) where
-words become vectors, before positions and layers:
+An encoder that was taught what to do with some words may do the old thing with words near them, or
+with the same words behind others. `worst_case` looks for both at once, by the gradient `g` of
+`far(reading)` where words become vectors, before positions and layers:
 
-    delta <- P_r(delta - r * g / |g|),   g = gradient of `far(reading of the pushed prompt)`
+    delta <- P_r(delta - r * g / |g|)                   for the prompt's own words
+    v     <- one of the `CHOICES` least  g . e_v        for `slots` words put in front of it
 
-with P_r the projection of every token's push to at most r times a word embedding's mean norm.
-Start and end marks are not pushed: no attacker can.
+The first is projected gradient descent (Madry et al., arXiv:1706.06083), with P_r the projection of
+every token's push to at most r times a word embedding's mean norm; the second exchanges whole words
+by their linear effect (HotFlip, Ebrahimi et al., arXiv:1712.06751), as searches for prompts do.
+Start and end marks are not touched: no attacker can.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from safelight.training.embedding import Reading, read
 
 Tokens = Mapping[str, tuple[Tensor, Tensor]]  # ids and mask by encoder
 Pushes = Mapping[str, Float[Tensor, "batch token dim"]]
+
+CHOICES = 16  # best exchanges, of which one is drawn
 
 
 @contextmanager
@@ -44,29 +49,98 @@ def worst_case(
     radius: float,
     steps: int,
     rng: torch.Generator,
-) -> dict[str, Tensor]:
-    """Pushes that make `far` small, for each prompt on its own.
+    slots: int = 0,
+) -> tuple[Tokens, Pushes]:
+    """Tokens and pushes that make `far` small, for each prompt on its own.
 
     Args:
-        tokens: What is pushed, as `model.tokenize` gives it.
-        far: How far each reading is from where the pushes try to bring it.
+        tokens: The prompts, as `model.tokenize` gives them.
+        far: How far each reading is from where the attack tries to bring it.
         radius: Of a token's push, in units of the mean norm of a word's embedding.
         steps: Of gradient descent.
-        rng: Decides where the pushes start, anywhere within the radius.
+        rng: Decides which words stand in front first, and where the pushes start.
+        slots: Words that are put in front of each prompt; a prompt that is too long loses its end.
     """
+    own = {name: _free(model, name, *pair) for name, pair in tokens.items()}
+    tokens = {name: _behind(model, name, pair, slots, rng) for name, pair in tokens.items()}
+    free = {name: _moved(model, name, free, slots) for name, free in own.items()}
     reach = {name: radius * _norm(model, name) for name in tokens}
-    free = {name: _free(model, name, *pair) for name, pair in tokens.items()}
     pushes = {name: _start(model, name, free[name], reach[name], rng) for name in tokens}
     for _ in range(steps):
         given = {name: delta.detach().requires_grad_() for name, delta in pushes.items()}
         with pushed(model, given):
             total = far(read(model, tokens)).sum()
-        slopes = torch.autograd.grad(total, list(given.values()))
+        slopes = dict(zip(given, torch.autograd.grad(total, list(given.values())), strict=True))
         pushes = {
-            name: _step(delta.detach(), slope, free[name], reach[name])
-            for (name, delta), slope in zip(given.items(), slopes, strict=True)
+            name: _step(delta.detach(), slopes[name], free[name], reach[name])
+            for name, delta in given.items()
         }
-    return {name: delta.detach() for name, delta in pushes.items()}
+        tokens = {
+            name: _exchanged(model, name, pair, slopes[name], slots, rng)
+            for name, pair in tokens.items()
+        }
+    return tokens, {name: delta.detach() for name, delta in pushes.items()}
+
+
+def _behind(
+    model: TextToImage, name: str, pair: tuple[Tensor, Tensor], slots: int, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The tokens behind `slots` random words, cut to length before the end mark."""
+    if not slots:
+        return pair
+    ids, mask = pair
+    first, words = _first(model, name), _words(model, name)
+    drawn = words[torch.randint(len(words), (len(ids), slots), generator=rng)].to(ids)
+    end = ids[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
+    ids = torch.cat([ids[:, :first], drawn, ids[:, first:-slots]], dim=1)
+    mask = torch.cat([mask[:, :first], torch.ones_like(drawn), mask[:, first:-slots]], dim=1)
+    ids[:, -1] = torch.where(mask[:, -1].bool(), end, ids[:, -1])
+    return ids, mask
+
+
+def _moved(model: TextToImage, name: str, free: Tensor, slots: int) -> Tensor:
+    """The same words' places behind the slots; the last place may hold the end mark."""
+    if not slots:
+        return free
+    first = _first(model, name)
+    moved = torch.cat([free[:, :first], free.new_zeros(len(free), slots), free[:, first:-slots]], 1)
+    moved[:, -1] = 0
+    return moved
+
+
+def _exchanged(
+    model: TextToImage,
+    name: str,
+    pair: tuple[Tensor, Tensor],
+    slope: Float[Tensor, "batch token dim"],
+    slots: int,
+    rng: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Every slot's word exchanged for one of those that lead downhill, to first order."""
+    if not slots:
+        return pair
+    ids, mask = pair
+    first, words = _first(model, name), _words(model, name).to(ids.device)
+    table = model.token_table(name).weight.detach()[words].to(slope)
+    best = (slope[:, first : first + slots] @ table.T).topk(CHOICES, dim=-1, largest=False).indices
+    pick = torch.randint(best.shape[-1], (*best.shape[:2], 1), generator=rng).to(ids.device)
+    ids = ids.clone()
+    ids[:, first : first + slots] = words[best.gather(-1, pick)[..., 0]]
+    return ids, mask
+
+
+def _first(model: TextToImage, name: str) -> int:
+    """Where a text's own tokens begin."""
+    return len(model.tokenizers[name]("").input_ids) - 1
+
+
+def _words(model: TextToImage, name: str) -> Int[Tensor, " word"]:
+    """Ids of everything in the table that is no mark."""
+    size = model.token_table(name).weight.shape[0]
+    known = torch.zeros(size, dtype=torch.bool)
+    known[[i for i in model.tokenizers[name].get_vocab().values() if i < size]] = True
+    known[[i for i in model.tokenizers[name].all_special_ids if i < size]] = False
+    return known.nonzero().flatten()
 
 
 def _step(delta: Tensor, slope: Tensor, free: Tensor, reach: float) -> Tensor:
