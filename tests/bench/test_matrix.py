@@ -7,9 +7,10 @@ import pytest
 
 from safelight.bench import matrix, records
 from safelight.bench.matrix import Bench, attack_of, configured, guard_of, judge_of
-from safelight.bench.suite import Method, read
+from safelight.bench.suite import Method, read, shipped
 from safelight.errors import BadInput, MissingExtra, NotFound
 from safelight.models.tiny import tiny
+from safelight.names import learner
 
 SUITE = """
 title = "Small"
@@ -266,7 +267,7 @@ def test_an_attacker_who_would_look_with_the_reporting_judge_is_said_first(bench
         bench(text.replace('["fake"]', '["fake"]\nattack_judge = "fake"').replace(", }", " }"))
 
 
-@pytest.mark.parametrize("name", ["emoji-quick", "emoji-standard", "emoji-weapons"])
+@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("emoji-")])
 def test_the_methods_of_shipped_suites_take_their_settings(name):
     suite = read(name)
     for attack in {column.attack.label: column.attack for column in suite.columns
@@ -274,6 +275,9 @@ def test_the_methods_of_shipped_suites_take_their_settings(name):
         assert attack_of(attack)
     for row in suite.rows:
         assert all(guard_of(guard) for guard in row.guards)
+        if row.align is not None:
+            own = {k: v for k, v in row.align.settings.items() if k not in ("unsafe", "safe")}
+            assert configured(learner(row.align.name), own, row.name)
 
 
 def test_settings_become_the_types_that_methods_want():

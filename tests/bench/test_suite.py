@@ -125,13 +125,15 @@ attack_judge = { name = "fake", threshold = 0.3 }""",
 def test_what_ships_is_found_by_name_and_reads():
     assert set(shipped()) == {
         "emoji-quick",
+        "emoji-safetext",
         "emoji-standard",
+        "emoji-text-side",
         "emoji-weapons",
         "sd1-template",
         "sdxl-template",
     }
     for size in ("quick", "standard", "full"):
-        for name in ("emoji-quick", "emoji-standard", "emoji-weapons"):
+        for name in (one for one in shipped() if one.startswith("emoji-")):
             assert read(name, size).rows[0].protects is False
     with pytest.raises(NotFound, match="Did you mean 'emoji-quick'"):
         read("emoji-quik")
