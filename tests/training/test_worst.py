@@ -63,8 +63,8 @@ def test_the_same_seed_finds_the_same(model):
 
 
 def test_words_in_front_come_nearer_than_random_ones(model):
-    chance = torch.stack([found(model, steps=0, radius=0, seed=s, slots=3)[1] for s in range(4)])
-    worst = torch.stack([found(model, steps=4, radius=0, seed=s, slots=3)[1] for s in range(4)])
+    chance = torch.stack([found(model, steps=0, radius=0, seed=s, slots=3)[1] for s in range(6)])
+    worst = torch.stack([found(model, steps=12, radius=0, seed=s, slots=3)[1] for s in range(6)])
     assert worst.mean() < chance.mean()
 
 

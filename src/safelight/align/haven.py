@@ -33,10 +33,11 @@ the text encoder; no pictures, no denoiser.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from safelight.align.base import Loss, Split, TextData
@@ -50,7 +51,11 @@ from safelight.training.data import shuffled, texts
 from safelight.training.embedding import Reading, Reference, distance, read, remember, size
 from safelight.training.geometry import spread
 from safelight.training.pairs import of_prompts
-from safelight.training.worst import pushed, worst_case
+from safelight.training.worst import in_front, pushed, random_words, worst_case
+
+KEPT = 64  # worst words that are remembered per category
+
+Words = Mapping[str, Int[Tensor, "*prompt slot"]]  # ids by encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,9 @@ class Haven(TextSide):
         worst: Weight of the worst case; 0 leaves it out.
         radius: Of a token's push, in units of the mean norm of a word's embedding.
         inner: Steps in which the worst case is looked for.
-        slots: Words in front of the prompt that the worst case may choose.
+        slots: Words in front of the prompt that the worst case may choose. Half the time it goes on
+            from words that it chose for a prompt of the same category, so that they get worse.
+        planted: Share of worst cases in which those words stand in front of the safe counterpart.
         nearby: Prompts with neighbours of unsafe phrases, as a share of the unsafe prompts. Only
             prompts with a `safe_prompt` tell which phrase is unsafe.
         hold: Weight of holding safe prompts.
@@ -87,6 +94,7 @@ class Haven(TextSide):
     radius: float = 0.3
     inner: int = 1
     slots: int = 4
+    planted: float = 0.5
     nearby: float = 0.5
     hold: float = 2.0
     spread: float = 1.0
@@ -121,6 +129,7 @@ class Haven(TextSide):
             goals=destinations(tau, unsafe, safe),
             scale={name: size(p, "flatten").mean().item() for name, p in tau(["", *safe]).items()},
             hashes=data.hashes(),
+            categories={prompt.text: prompt.category for prompt in unsafe},
         )
 
     def _varied(
@@ -163,6 +172,8 @@ class Haven(TextSide):
     def batches(self, material: Material, epoch: int, rng: torch.Generator) -> Iterator[Batch]:
         """Half unsafe and half safe prompts; "" is always among the safe ones."""
         half, steps = self.batch // 2, self.steps(material)
+        if epoch == 1:
+            material.chosen.clear()
         unsafe = shuffled(material.unsafe, half * steps, rng)
         safe = shuffled(material.held, (half - 1) * steps, rng)
         for i in range(steps):
@@ -194,10 +205,12 @@ class Haven(TextSide):
         }
 
     def _under_attack(self, model: TextToImage, batch: Batch, rng: torch.Generator) -> Tensor:
-        """d of every pushed unsafe prompt to its destination."""
+        """d to the destination, of every attacked prompt: unsafe ones and, in turns, safe ones."""
         material = batch.material
         old, goals = material.tau(batch.unsafe), material.tau(batch.goals)
-        tokens = material.tau.tokens_of(batch.unsafe)
+        from_safe = torch.rand(len(batch.unsafe), generator=rng) < self.planted
+        pairs = zip(batch.unsafe, batch.goals, from_safe.tolist(), strict=True)
+        tokens = material.tau.tokens_of([goal if safe else text for text, goal, safe in pairs])
         tokens, delta = worst_case(
             model,
             tokens,
@@ -206,7 +219,10 @@ class Haven(TextSide):
             steps=self.inner,
             rng=rng,
             slots=self.slots,
+            words=material.remembered(model, batch.unsafe, self.slots, rng) if self.slots else None,
         )
+        if self.slots:
+            material.remember(batch.unsafe, in_front(model, tokens, self.slots))
         with pushed(model, delta):
             return material.apart(read(model, tokens), goals)
 
@@ -259,6 +275,8 @@ class Material:
         goals: The destination of each unsafe prompt.
         scale: Mean norm of a safe reading, by piece.
         hashes: SHA-256 of each prompt set.
+        categories: The category of each unsafe prompt.
+        chosen: The last worst words of each category, while training.
     """
 
     split: Split
@@ -268,6 +286,29 @@ class Material:
     goals: Mapping[str, str]
     scale: Mapping[str, float]
     hashes: dict[str, str]
+    categories: Mapping[str, str]
+    chosen: dict[str, list[Words]] = field(default_factory=dict)
+
+    def remembered(
+        self, model: TextToImage, prompts: Sequence[str], slots: int, rng: torch.Generator
+    ) -> Words:
+        """Words to begin with: half of them random, half chosen before for the same category."""
+        n = len(prompts)
+        words = {name: random_words(model, name, n, slots, rng) for name in self.tau.tokens}
+        for row, prompt in enumerate(prompts):
+            known = self.chosen.get(self.categories[prompt], [])
+            if known and torch.rand(1, generator=rng) < 0.5:
+                some = known[int(torch.randint(len(known), (1,), generator=rng))]
+                for name, ids in some.items():
+                    words[name][row] = ids
+        return words
+
+    def remember(self, prompts: Sequence[str], words: Words) -> None:
+        """Keep the words that were chosen for some prompts."""
+        for row, prompt in enumerate(prompts):
+            known = self.chosen.setdefault(self.categories[prompt], [])
+            known.append({name: ids[row].cpu() for name, ids in words.items()})
+            del known[:-KEPT]
 
     def apart(self, now: Reading, then: Reading) -> Tensor:
         """d of each row, averaged over the pieces."""

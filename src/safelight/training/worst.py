@@ -50,6 +50,7 @@ def worst_case(
     steps: int,
     rng: torch.Generator,
     slots: int = 0,
+    words: Mapping[str, Int[Tensor, "batch slot"]] | None = None,
 ) -> tuple[Tokens, Pushes]:
     """Tokens and pushes that make `far` small, for each prompt on its own.
 
@@ -60,9 +61,14 @@ def worst_case(
         steps: Of gradient descent.
         rng: Decides which words stand in front first, and where the pushes start.
         slots: Words that are put in front of each prompt; a prompt that is too long loses its end.
+        words: Ids of those words at the start, by encoder; random ones where there are none.
     """
     own = {name: _free(model, name, *pair) for name, pair in tokens.items()}
-    tokens = {name: _behind(model, name, pair, slots, rng) for name, pair in tokens.items()}
+    if slots:
+        drawn = {name: random_words(model, name, len(tokens[name][0]), slots, rng) for name in own}
+        tokens = {
+            n: _behind(model, n, pair, {**drawn, **(words or {})}[n]) for n, pair in tokens.items()
+        }
     free = {name: _moved(model, name, free, slots) for name, free in own.items()}
     reach = {name: radius * _norm(model, name) for name in tokens}
     pushes = {name: _start(model, name, free[name], reach[name], rng) for name in tokens}
@@ -82,18 +88,31 @@ def worst_case(
     return tokens, {name: delta.detach() for name, delta in pushes.items()}
 
 
+def random_words(
+    model: TextToImage, name: str, n: int, slots: int, rng: torch.Generator
+) -> Int[Tensor, "n slots"]:
+    """Ids of words of an encoder's table, drawn at random."""
+    words = _words(model, name)
+    return words[torch.randint(len(words), (n, slots), generator=rng)]
+
+
+def in_front(
+    model: TextToImage, tokens: Tokens, slots: int
+) -> dict[str, Int[Tensor, "batch slot"]]:
+    """The ids of the first words of each prompt."""
+    first = {name: _first(model, name) for name in tokens}
+    return {name: ids[:, first[name] : first[name] + slots] for name, (ids, _) in tokens.items()}
+
+
 def _behind(
-    model: TextToImage, name: str, pair: tuple[Tensor, Tensor], slots: int, rng: torch.Generator
+    model: TextToImage, name: str, pair: tuple[Tensor, Tensor], words: Int[Tensor, "batch slot"]
 ) -> tuple[Tensor, Tensor]:
-    """The tokens behind `slots` random words, cut to length before the end mark."""
-    if not slots:
-        return pair
+    """The tokens behind some words, cut to length before the end mark."""
     ids, mask = pair
-    first, words = _first(model, name), _words(model, name)
-    drawn = words[torch.randint(len(words), (len(ids), slots), generator=rng)].to(ids)
+    first, slots, words = _first(model, name), words.shape[1], words.to(ids)
     end = ids[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
-    ids = torch.cat([ids[:, :first], drawn, ids[:, first:-slots]], dim=1)
-    mask = torch.cat([mask[:, :first], torch.ones_like(drawn), mask[:, first:-slots]], dim=1)
+    ids = torch.cat([ids[:, :first], words, ids[:, first:-slots]], dim=1)
+    mask = torch.cat([mask[:, :first], torch.ones_like(words), mask[:, first:-slots]], dim=1)
     ids[:, -1] = torch.where(mask[:, -1].bool(), end, ids[:, -1])
     return ids, mask
 
@@ -116,7 +135,7 @@ def _exchanged(
     slots: int,
     rng: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Every slot's word exchanged for one of those that lead downhill, to first order."""
+    """Some slots' words exchanged for one of those that lead downhill, to first order."""
     if not slots:
         return pair
     ids, mask = pair
@@ -124,9 +143,12 @@ def _exchanged(
     table = model.token_table(name).weight.detach()[words].to(slope)
     best = (slope[:, first : first + slots] @ table.T).topk(CHOICES, dim=-1, largest=False).indices
     pick = torch.randint(best.shape[-1], (*best.shape[:2], 1), generator=rng).to(ids.device)
-    ids = ids.clone()
-    ids[:, first : first + slots] = words[best.gather(-1, pick)[..., 0]]
-    return ids, mask
+    new = words[best.gather(-1, pick)[..., 0]]
+    # Words are judged one by one as if the others stayed, so about half of them do.
+    stay = (torch.rand(new.shape, generator=rng) < 0.5).to(ids.device)
+    old = ids[:, first : first + slots]
+    front = torch.where(stay, old, new)
+    return torch.cat([ids[:, :first], front, ids[:, first + slots :]], dim=1), mask
 
 
 def _first(model: TextToImage, name: str) -> int:
