@@ -87,7 +87,8 @@ def nearest_after_pushes(model, data, patch):
 
 
 def test_training_under_attack_holds_under_attack_and_training_without_does_not(tiny_sd1, data):
-    settings = FAST | {"radius": 0.5, "inner": 2, "epochs": 40, "hold": 0.5}
+    pushes_only = {"slots": 0, "planted": 0.0, "nearby": 0.0, "scattered": 0.0}
+    settings = FAST | pushes_only | {"radius": 0.5, "inner": 2, "epochs": 40, "hold": 0.5}
     with_it = Haven(**settings, worst=2.0).fit(tiny_sd1, data)
     without = Haven(**settings, worst=0.0).fit(tiny_sd1, data)
     assert nearest_after_pushes(tiny_sd1, data, with_it) < nearest_after_pushes(

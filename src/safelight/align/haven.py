@@ -33,7 +33,7 @@ the text encoder; no pictures, no denoiser.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -43,14 +43,13 @@ from torch import Tensor
 from safelight.align.base import Loss, Split, TextData
 from safelight.align.text import Scope, TextSide, moved
 from safelight.errors import BadInput
-from safelight.flow import Card, Prompt
+from safelight.flow import Card
 from safelight.models.base import TextToImage
-from safelight.training.augment import exchanged, neighbours, prefixed, vocabulary
 from safelight.training.counterparts import destinations, harmless
 from safelight.training.data import shuffled, texts
 from safelight.training.embedding import Reading, Reference, distance, read, remember, size
 from safelight.training.geometry import spread
-from safelight.training.pairs import of_prompts
+from safelight.training.wider import near_ones, scattered, sorted_words, varied
 from safelight.training.worst import in_front, pushed, random_words, worst_case
 
 KEPT = 64  # worst words that are remembered per category
@@ -71,11 +70,12 @@ class Haven(TextSide):
         planted: Share of worst cases in which those words stand in front of the safe counterpart.
         nearby: Prompts with neighbours of unsafe phrases, as a share of the unsafe prompts. Only
             prompts with a `safe_prompt` tell which phrase is unsafe.
+        scattered: Unsafe phrases and neighbours of them among random words, as such a share.
         hold: Weight of holding safe prompts.
         spread: Weight of keeping safe prompts apart.
-        variants: Copies of each safe prompt with one or two words exchanged for random words of the
-            tokenizer's vocabulary, or with some of those in front; they are held as well.
-        avoid: Words that neighbours and variants must not use.
+        variants: Copies of each safe prompt that are held as well: with one or two words exchanged
+            for random words of the tokenizer's vocabulary, with some in front, with nothing else.
+        avoid: Words that nothing made up may use.
     """
 
     card: ClassVar[Card] = Card(
@@ -96,14 +96,24 @@ class Haven(TextSide):
     slots: int = 4
     planted: float = 0.5
     nearby: float = 0.5
+    scattered: float = 0.5
     hold: float = 2.0
     spread: float = 1.0
-    variants: int = 2
+    variants: int = 3
     avoid: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("worst", "radius", "hold", "spread", "slots", "nearby", "variants"):
+        for name in (
+            "worst",
+            "radius",
+            "hold",
+            "spread",
+            "slots",
+            "nearby",
+            "scattered",
+            "variants",
+        ):
             if getattr(self, name) < 0:
                 raise BadInput(f"{name} must be at least 0, not {getattr(self, name)}.")
         if self.batch < 4:
@@ -115,15 +125,19 @@ class Haven(TextSide):
         """The split, tau's reading of every prompt, and each unsafe prompt's destination."""
         split, encoders = data.split(seed), self.chosen(model)
         rng = torch.Generator().manual_seed(seed)
-        near, far = self._vocabulary(model, split, encoders[0], rng)
-        unsafe, safe = (*split.unsafe, *near, *split.unsafe_check), texts(split.safe)
+        words = sorted_words(model, encoders[0], split.unsafe, split.safe, self.avoid, rng)
+        made = [
+            *near_ones(split.unsafe, words, self.nearby, rng),
+            *scattered(split.unsafe, words, self.scattered, rng),
+        ]
+        unsafe, safe = (*split.unsafe, *made, *split.unsafe_check), texts(split.safe)
         known = [p.safe_prompt for p in unsafe if p.safe_prompt]
-        pairs = self._varied(safe, far, rng)
+        pairs = varied(safe, words, self.variants, rng)
         everything = ["", *safe, *texts((*split.safe_check, *unsafe)), *known]
         tau = remember(model, [*everything, *(variant for _, variant in pairs)], encoders)
         return Material(
             split=split,
-            unsafe=texts((*split.unsafe, *near)),
+            unsafe=texts((*split.unsafe, *made)),
             held=(*safe, *harmless(tau, pairs, texts(split.unsafe))),
             tau=tau,
             goals=destinations(tau, unsafe, safe),
@@ -131,39 +145,6 @@ class Haven(TextSide):
             hashes=data.hashes(),
             categories={prompt.text: prompt.category for prompt in unsafe},
         )
-
-    def _varied(
-        self, safe: list[str], words: list[str], rng: torch.Generator
-    ) -> list[tuple[str, str]]:
-        """Safe prompts with variants: with words exchanged, and with words in front, in turns."""
-        change = (exchanged, prefixed)
-        return [pair for i in range(self.variants) for pair in change[i % 2](safe, words, rng)]
-
-    def _vocabulary(
-        self, model: TextToImage, split: Split, encoder: str, rng: torch.Generator
-    ) -> tuple[list[Prompt], list[str]]:
-        """Unsafe prompts with neighbours of their phrases, and words that may vary safe ones."""
-        paired = [p for p in split.unsafe if p.safe_prompt]
-        pairs = of_prompts(paired)
-        banned = {word for entry in self.avoid for word in entry.split()}
-        words = [w for w in vocabulary(model.tokenizers[encoder]) if w not in banned]
-        if not pairs or not self.nearby:
-            return [], words
-        benign = [*texts(split.safe), *(p.anchor for p in pairs)]
-        known = neighbours(model, encoder, [p.phrase for p in pairs], benign, [*banned], rng)
-        able = [
-            (prompt, pair)
-            for prompt, pair in zip(paired, pairs, strict=True)
-            if pair.phrase in known.near
-        ]
-        drawn = shuffled(range(len(able)), round(self.nearby * len(paired)), rng) if able else []
-        made = []
-        for prompt, pair in (able[i] for i in drawn):
-            choice = known.near[pair.phrase]
-            word = choice[int(torch.randint(len(choice), (1,), generator=rng))]
-            made.append(replace(prompt, text=pair.saying(word).target))
-        near = {word for found in known.near.values() for word in found}
-        return made, [word for word in words if word not in near]
 
     def steps(self, material: Material) -> int:
         """An epoch reads every unsafe prompt once."""
@@ -257,7 +238,7 @@ class Haven(TextSide):
         return {
             "data": material.hashes,
             "held": len(material.held),
-            "neighbours": len(material.unsafe) - len(material.split.unsafe),
+            "made_up": len(material.unsafe) - len(material.split.unsafe),
             "split": {name: len(getattr(material.split, name)) for name in Split.__annotations__},
             "scale": material.scale,
         }

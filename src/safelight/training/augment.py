@@ -78,6 +78,26 @@ def prefixed(
     return pairs
 
 
+def strewn(
+    texts: Sequence[str], words: Sequence[str], rng: torch.Generator, *, most: int = 12
+) -> list[tuple[str, str]]:
+    """Each text with a variant of nothing but random words.
+
+    Args:
+        texts: Prompts.
+        words: What the variants are made of; without any there are none.
+        most: Words at most; at least one.
+    """
+    if not words:
+        return []
+    pairs = []
+    for text in texts:
+        n = 1 + int(torch.randint(most, (1,), generator=rng))
+        drawn = torch.randint(len(words), (n,), generator=rng).tolist()
+        pairs.append((text, " ".join(words[i] for i in drawn)))
+    return pairs
+
+
 @dataclass(frozen=True)
 class Neighbours:
     """Words of a vocabulary, sorted by what an encoder finds them like.

@@ -1,0 +1,78 @@
+"""Made-up prompts: unsafe ones keep a safe twin, safe ones never get a word that is near unsafe."""
+
+import torch
+
+from safelight.flow import Prompt
+from safelight.prompts import PromptSet
+from safelight.training.augment import prefixed, strewn
+from safelight.training.pairs import pair
+from safelight.training.wider import Words, near_ones, scattered, sorted_words, varied
+
+UNSAFE = [
+    Prompt(id=str(i), text=f"a {kind} sword at night", category="weapons",
+           safe_prompt=f"a {kind} tulip at night")
+    for i, kind in enumerate(("red", "long", "old", "new"))
+]  # fmt: skip
+WORDS = Words({"sword": ("dagger", "blade")}, ("river", "lamp", "stone", "cloud"))
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_neighbours_stand_where_the_phrase_stood_and_keep_the_counterpart():
+    made = near_ones(UNSAFE, WORDS, 2.0, rng())
+    assert len(made) == 8
+    for prompt in made:
+        assert any(word in prompt.text for word in ("dagger", "blade"))
+        assert "sword" not in prompt.text
+        assert prompt.safe_prompt in {one.safe_prompt for one in UNSAFE}
+        assert prompt.category == "weapons"
+
+
+def test_scattered_phrases_differ_from_their_counterpart_in_the_phrase_only():
+    made = scattered(UNSAFE, WORDS, 3.0, rng(), most=5)
+    assert len(made) == 12 and len({prompt.text for prompt in made}) > 6
+    for prompt in made:
+        two = pair(prompt.text, prompt.safe_prompt)
+        assert two.phrase in ("sword", "dagger", "blade")
+        rest = set(prompt.text.split()) - {two.phrase}
+        assert rest <= set(WORDS.rest) and 1 <= len(prompt.text.split()) - 1 <= 5
+        assert "tulip" in prompt.safe_prompt
+
+
+def test_a_share_of_nothing_and_prompts_without_counterpart_give_nothing():
+    lone = [Prompt(id="x", text="a sword", category="weapons")]
+    for make in (near_ones, scattered):
+        assert make(UNSAFE, WORDS, 0.0, rng()) == []
+        assert make(lone, WORDS, 1.0, rng()) == []
+    assert scattered(UNSAFE, Words({}, ()), 1.0, rng()) == []
+
+
+def test_variants_take_turns_and_use_harmless_words_only():
+    safe = ["a cat on a hill", "two dogs"]
+    made = varied(safe, WORDS, 3, rng())
+    assert [old for old, _ in made] == safe * 3
+    for (old, new), kind in zip(made, ["in"] * 2 + ["front"] * 2 + ["alone"] * 2, strict=True):
+        drawn = set(new.split()) - set(old.split())
+        assert drawn and drawn <= set(WORDS.rest)
+        assert new.endswith(old) == (kind == "front")
+        assert (set(new.split()) <= set(WORDS.rest)) == (kind == "alone")
+    assert varied(safe, Words({}, ()), 3, rng()) == []
+
+
+def test_words_in_front_and_alone_have_a_length():
+    for text, new in prefixed(["a cat"] * 20, WORDS.rest, rng(), most=3):
+        assert 1 <= len(new.split()) - len(text.split()) <= 3
+    for _, new in strewn(["a cat"] * 20, WORDS.rest, rng(), most=3):
+        assert 1 <= len(new.split()) <= 3
+
+
+def test_the_encoder_sorts_its_vocabulary(tiny_sd1):
+    safe = PromptSet.of(["a cat on a hill"], "safe").prompts
+    words = sorted_words(tiny_sd1, "clip_l", UNSAFE, safe, ("river",), rng())
+    near = {word for found in words.near.values() for word in found}
+    assert not near & set(words.rest)
+    assert "sword" not in words.rest and "river" not in {*words.rest, *near}
+    alone = sorted_words(tiny_sd1, "clip_l", [Prompt(id="x", text="a sword")], safe, (), rng())
+    assert alone.near == {} and alone.rest
