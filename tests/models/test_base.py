@@ -113,7 +113,8 @@ def test_an_edit_of_one_stream_reaches_every_family(tiny_model):
         assert not seen.edit(pooled=lambda name, x: 0 * x).pooled.any()
 
 
-def test_an_over_long_prompt_is_cut_with_a_warning(tiny_model, caplog):
+def test_an_over_long_prompt_is_cut_with_a_warning(tiny_model, caplog, monkeypatch):
+    monkeypatch.setattr(tiny_model, "_cut", set())
     text = "a cat " * 1667  # 10,000 characters
     with caplog.at_level(logging.WARNING, logger="safelight"):
         seen = tiny_model.encode(["a cat", text])
@@ -122,6 +123,18 @@ def test_an_over_long_prompt_is_cut_with_a_warning(tiny_model, caplog):
     assert len(seen) == 2
     for name, mask in seen.masks.items():
         assert mask[1].sum() == tiny_model.tokens[name]
+
+
+def test_a_long_prompt_is_named_once_and_many_are_summed_up(tiny_sd1, caplog, monkeypatch):
+    monkeypatch.setattr(tiny_sd1, "_cut", set())
+    long = [f"{i} " + "cat " * 90 for i in range(9)]
+    with caplog.at_level(logging.WARNING, logger="safelight"):
+        for _ in range(2):
+            tiny_sd1.encode([long[0]])
+        assert len(caplog.records) == 1
+        tiny_sd1.encode(long)
+    named, rest = caplog.records[:-1], caplog.records[-1]
+    assert len(named) == 4 and "more prompts" in rest.message
 
 
 def test_a_prompt_that_just_fits_makes_no_noise(tiny_sd1, caplog):

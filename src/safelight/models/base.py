@@ -63,6 +63,9 @@ class Change(Protocol):
         """The new tensors by parameter name."""
 
 
+NAMED = 4  # prompts that are named when they are too long
+
+
 class TextToImage(ABC):
     """A text-to-image model of any family.
 
@@ -118,6 +121,7 @@ class TextToImage(ABC):
         steps, guidance = self.defaults
         self.sampling = sampling or Sampling(steps, guidance, self._trained_size())
         self.weights = Weights(self.modules)
+        self._cut: set[tuple[str, str]] = set()  # prompts that were said to be too long
 
     t5_tokens: ClassVar[int] = 256
 
@@ -304,11 +308,21 @@ class TextToImage(ABC):
         for i in (mask.sum(1) == length).nonzero().flatten().tolist():
             needed = len(tokenizer(prompts[i], verbose=False).input_ids)
             if needed > length:
-                log.warning(
-                    "prompt %d has %d tokens; %s reads %d, the rest is cut off: %.60r",
-                    *(i, needed, encoder, length, prompts[i]),
-                )
+                self._too_long(encoder, prompts[i], needed)
         return ids.to(self.device), mask.to(self.device)
+
+    def _too_long(self, encoder: str, prompt: str, needed: int) -> None:
+        """Say once per prompt that it is cut, and after a few that there are more."""
+        if (encoder, prompt) in self._cut or len(self._cut) > NAMED:
+            return
+        self._cut.add((encoder, prompt))
+        if len(self._cut) > NAMED:
+            log.warning("more prompts are too long for %s; they are not named", encoder)
+            return
+        log.warning(
+            "a prompt has %d tokens; %s reads %d, the rest is cut off: %.60r",
+            *(needed, encoder, self.tokens[encoder], prompt),
+        )
 
     def empty(self, n: int) -> Condition:
         """What guidance steers away from by default, for `n` pictures."""
