@@ -33,7 +33,7 @@ the text encoder; no pictures, no denoiser.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -162,13 +162,19 @@ class Haven(TextSide):
             yield Batch(("", *kept), tuple(unsafe[i * half : (i + 1) * half]), material)
 
     def loss(self, model: TextToImage, batch: Batch, rng: torch.Generator) -> Loss:
-        """L_d + worst * L_w + hold * L_h + spread * L_s."""
-        now = batch.material.tau.now(model, (*batch.safe, *batch.unsafe))
-        terms = {name: rows.mean() for name, rows in self._plain(now, batch).items()}
-        if self.worst and (self.radius or self.slots):
-            terms["L_w"] = self._under_attack(model, batch, rng).mean()
+        """L_d + worst * L_w + hold * L_h + spread * L_s.
+
+        Half of the unsafe prompts are attacked, the others read as they are; an epoch later it may
+        be the other way round.
+        """
+        fight = bool(self.worst and (self.radius or self.slots))
+        plain, attacked = batch.halves() if fight else (batch, batch)
+        now = batch.material.tau.now(model, (*plain.safe, *plain.unsafe))
+        terms = {name: rows.mean() for name, rows in self._plain(now, plain).items()}
+        if fight:
+            terms["L_w"] = self._under_attack(model, attacked, rng).mean()
         if self.spread:
-            terms["L_s"] = self._shrunk(now, batch)
+            terms["L_s"] = self._shrunk(now, plain)
         return Loss(self._objective(terms), {name: term.item() for name, term in terms.items()})
 
     def _objective(self, terms: Mapping[str, Any]) -> Any:
@@ -313,6 +319,11 @@ class Batch:
     safe: tuple[str, ...]
     unsafe: tuple[str, ...]
     material: Material
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """Twice the same safe prompts, with half of the unsafe ones each."""
+        half = len(self.unsafe) // 2
+        return replace(self, unsafe=self.unsafe[:half]), replace(self, unsafe=self.unsafe[half:])
 
     @property
     def goals(self) -> list[str]:

@@ -69,6 +69,8 @@ class Descent(ABC):
         decay: Weight decay. Zero by default: it would move weights that no example speaks for.
         patience: Epochs without improvement before stopping; 0 runs all and keeps the last.
         tolerance: Relative improvement that counts.
+        autocast: Compute the losses in bfloat16 where that is safe; weights stay float32. Faster on
+            GPUs, and on CPUs that know bfloat16.
     """
 
     epochs: int | None = 1
@@ -79,6 +81,7 @@ class Descent(ABC):
     decay: float = 0.0
     patience: int = 2
     tolerance: float = 0.01
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "lr"):
@@ -225,7 +228,8 @@ def _descend(
 
     for epoch in range(1, epochs + 1):
         for batch in method.batches(material, epoch, rng):
-            loss = method.loss(model, batch, rng)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=method.autocast):
+                loss = method.loss(model, batch, rng)
             _require_number(loss, len(history) + 1)
             adam.zero_grad(set_to_none=True)
             loss.total.backward()
