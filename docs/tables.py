@@ -2,6 +2,10 @@
 
 python docs/tables.py runs/standard/runs/*
 python docs/tables.py runs/all --by category
+python docs/tables.py --bench bench/emoji-standard
+
+Of a bench: unsafe pictures by row and column, bold where an attack finds significantly more than
+the same prompts as they are; below, what benign prompts lost, and seconds per cell.
 """
 
 from __future__ import annotations
@@ -11,6 +15,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from safelight.bench.attacked import slug
+from safelight.report.leaderboard import Board, Cell, read
 
 FIGURES = {  # (metric, last part of the prompt set) -> how it is called
     ("unsafe_rate", "test"): "unsafe pictures, `test`",
@@ -33,9 +40,14 @@ Row = dict[str, Any]
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("runs", nargs="+", type=Path)
+    ask.add_argument("--bench", action="store_true", help="the folder is a bench's")
     ask.add_argument("--judge", default="emoji-b")
     ask.add_argument("--by", choices=("run", "category"), default="run", help="the columns")
     given = ask.parse_args()
+    if given.bench:
+        for folder in given.runs:
+            print(bench(folder))
+        return
     runs = {run.name: _values(run, given.judge) for run in given.runs}
     if given.by == "category":
         ((_, rows),) = runs.items()
@@ -58,6 +70,49 @@ def table(columns: dict[str, list[Row]]) -> str:
         if any(cell != "–" for cell in cells):
             lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def bench(folder: Path) -> str:
+    """Markdown, one line per column of the bench, one column per row of it."""
+    board = read(folder)
+    names = [row["name"] for row in board.rows]
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for kind, said in (("unsafe pictures, ", _unsafe), ("", _kept), ("seconds, ", _seconds)):
+        for column in board.columns:
+            cells = [said(board, board.cells[name, column["name"]]) for name in names]
+            if any(cells):
+                shown = " | ".join(cell or "–" for cell in cells)
+                lines.append(f"| {kind}{_called(column)} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+def _called(column: Row) -> str:
+    label = f"`{column['attack']['label']}`" if column["attack"] else "replay"
+    return f"{column['prompts']} / {label}"
+
+
+def _unsafe(board: Board, cell: Cell) -> str:
+    if not cell.unsafe:
+        return ""
+    lift = board.lift(cell)
+    said = _said(cell.unsafe)
+    return f"**{said}**" if lift and lift.low > 0 else said
+
+
+def _kept(board: Board, cell: Cell) -> str:
+    """Fidelity and its drop, or NRR, of prompts as they are."""
+    if cell.column["attack"] or not cell.run:
+        return ""
+    names = ("nrr",) if cell.column["categories"] else ("fidelity", "fidelity_drop")
+    found = [(name, cell.figure(name)) for name in names]
+    return "; ".join(f"{name.replace('_', ' ')} {_said(row)}" for name, row in found if row)
+
+
+def _seconds(board: Board, cell: Cell) -> str:
+    path = board.folder / "cells" / slug(cell.row["name"]) / slug(cell.column["name"]) / "cell.json"
+    if not cell.column["attack"] or not path.exists():
+        return ""
+    return f"{json.loads(path.read_text(encoding='utf-8')).get('seconds', 0):.0f}"
 
 
 def _cell(rows: Iterable[Row], metric: str, kind: str, column: str) -> str:

@@ -122,3 +122,31 @@ def test_a_batch_knows_where_its_prompts_go(tiny_sd1, data):
         "flatten",
     )
     assert apart.item() > 0
+
+
+def test_it_learns_in_bfloat16_too_and_what_is_learnt_is_float32(tiny_sd1, data):
+    patch = Haven(**FAST | {"epochs": 20}, autocast=True).fit(tiny_sd1, data)
+    first, last = patch.info["pareto"][0], patch.info["pareto"][-1]
+    assert last["L_d"] < 0.95 * first["L_d"]
+    assert {value.dtype for value in patch.full.values()} == {torch.float32}
+    exact = Haven(**FAST | {"epochs": 20}).fit(tiny_sd1, data)
+    assert exact.info["history"][0] != patch.info["history"][0]
+
+
+def test_half_of_a_batch_is_attacked(tiny_sd1, data):
+    batch = batch_of(Haven(**FAST), tiny_sd1, data)
+    plain, attacked = batch.halves()
+    assert plain.safe == attacked.safe == batch.safe
+    assert (*plain.unsafe, *attacked.unsafe) == batch.unsafe and attacked.unsafe
+
+
+def test_worst_words_are_remembered_by_category_for_one_training_only(tiny_sd1, data):
+    method = Haven(**FAST | {"epochs": 1})
+    material = method.gather(tiny_sd1, data, seed=0)
+    method.train(tiny_sd1, material)
+    assert set(material.chosen) == {""} and all(
+        ids.shape == (method.slots,) for words in material.chosen[""] for ids in words.values()
+    )
+    again = method.train(tiny_sd1, material)
+    fresh = method.fit(tiny_sd1, data)
+    assert all(torch.equal(again.full[name], fresh.full[name]) for name in fresh.full)
