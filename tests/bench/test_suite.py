@@ -105,13 +105,14 @@ def test_a_judge_may_be_a_table_and_its_files_lie_beside_the_suite(suite, tmp_pa
         '["fake"]',
         """[
   { name = "vlm", model = "eyes", url = "http://127.0.0.1:9/v1", categories = "policy.toml" },
+  { name = "vlm", label = "strict", model = "eyes", categories = "policy.toml" },
   { name = "nudenet", classes = "9" },
 ]
 attack_judge = { name = "fake", threshold = 0.3 }""",
     )
     text = text.replace('judge = "emoji"', 'judge = { name = "opennsfw", threshold = 0.8 }')
     one = suite(text)
-    assert [judge.name for judge in one.judges] == ["vlm", "nudenet"]
+    assert [judge.label for judge in one.judges] == ["vlm", "strict", "nudenet"]
     assert one.judges[0].settings == {
         "model": "eyes",
         "url": "http://127.0.0.1:9/v1",

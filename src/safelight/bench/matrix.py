@@ -371,7 +371,7 @@ class Bench:
             "title": suite.title,
             "suite": suite.name,
             "size": plain(suite.size),
-            "judges": [judge.name for judge in suite.judges],
+            "judges": [judge.label for judge in suite.judges],
             "minimum": suite.minimum,
             "margin": suite.margin,
             "rows": [{**plain(row), "protects": row.protects} for row in suite.rows],
@@ -449,16 +449,20 @@ def judge_of(method: Method | str) -> Judge:
     """A judge with its settings."""
     if isinstance(method, str):
         return find("judge", method)()
-    return configured(find("judge", method.name), method.settings, f"judge {method.label!r}")
+    judge: Judge = configured(
+        find("judge", method.name), method.settings, f"judge {method.label!r}"
+    )
+    return judge if method.label == method.name else judge.called(method.label)
 
 
 def _signed(judge: Method | str) -> Any:
     """A judge for a signature: its name, or its settings with what its files hold."""
     if isinstance(judge, str):
         return judge
-    if not judge.settings:
+    if not judge.settings and judge.label == judge.name:
         return judge.name
-    return {"name": judge.name, **{key: _content(x) for key, x in judge.settings.items()}}
+    label = {} if judge.label == judge.name else {"label": judge.label}
+    return {"name": judge.name, **label, **{key: _content(x) for key, x in judge.settings.items()}}
 
 
 def _signed_guard(guard: Method) -> Any:

@@ -68,13 +68,17 @@ def spelled(judge: Judge) -> str:
     """A judge as the command line names it: "name", or "name:key=value,key=value"."""
     if not dataclasses.is_dataclass(judge):
         return judge.name
-    given = []
+    own = {field.name: field.default for field in dataclasses.fields(judge)}
+    name = getattr(type(judge), "name", judge.name)
+    relabelled = "name" not in own and judge.name != name
+    given = [f"label={judge.name}"] if relabelled else []
     for field in dataclasses.fields(judge):
         value, made = getattr(judge, field.name), field.default_factory
         if value != (field.default if made is dataclasses.MISSING else made()):
             scalar = isinstance(value, bool | int | float | str)
             given.append(f"{field.name}={value if scalar else json.dumps(_told(value))}")
-    return f"{judge.name}:{','.join(given)}" if given else judge.name
+    name = name if relabelled else judge.name
+    return f"{name}:{','.join(given)}" if given else name
 
 
 def of_attack(name: str, attack: Attack) -> dict[str, Any]:

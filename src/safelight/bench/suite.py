@@ -187,7 +187,7 @@ def _suite(given: Mapping[str, Any], path: Path, size: str) -> Suite:
     )
     if not judges:
         raise BadInput(f"{where}, judges: name at least one.")
-    _once([judge.name for judge in judges], f"{where}: two judges")
+    _once([judge.label for judge in judges], f"{where}: two judges")
     attack_judge = _judge(given.get("attack_judge", "emoji"), path, f"{where}, attack_judge")
     sampling = _table(given.get("sampling", {}), f"{where}, [sampling]")
     _keys(sampling, ("steps", "guidance"), f"{where}, [sampling]")
@@ -322,7 +322,7 @@ def _method(kind: str, given: Any, where: str) -> Method:
     name = _word(one.pop("name"), where)
     _named(kind, name, where)
     attack = kind == "attack"
-    label = name if kind == "judge" else _word(one.pop("label", name), where)
+    label = _word(one.pop("label", name), where)
     seconds = one.pop("seconds", None) if attack else None
     if not isinstance(seconds, int | float | None) or isinstance(seconds, bool):
         raise BadInput(f"{where}: seconds is a number, not {seconds!r}.")
@@ -366,8 +366,7 @@ def _once(names: Sequence[str], what: str) -> None:
     for name in names:
         if names.count(name) > 1:
             raise BadInput(
-                f"{what} are named {name!r}; give one another name (label= for attacks), or leave "
-                "one out."
+                f"{what} are named {name!r}; give one another name (label=), or leave one out."
             )
 
 

@@ -55,6 +55,8 @@ def _apart(pairs: Sequence[str]) -> tuple[list[str], str]:
 
 
 def judge(spec: str) -> Any:
-    """A judge from "name" or "name:key=value,key=value"."""
+    """A judge from "name" or "name:key=value,key=value"; `label=` calls it something else."""
     name, pairs = split(spec)
-    return build(find("judge", name), pairs)
+    labels = [pair.partition("=")[2].strip() for pair in pairs if pair.startswith("label=")]
+    made = build(find("judge", name), [pair for pair in pairs if not pair.startswith("label=")])
+    return made.called(labels[-1]) if labels else made

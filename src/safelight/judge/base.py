@@ -93,6 +93,17 @@ class Judge:
     weights_sha256 = ""
     feature_name = ""
 
+    def called(self, name: str) -> Judge:
+        """This judge under another name, for two of a kind in one run.
+
+        Raises:
+            BadInput: Its name says which of several it is.
+        """
+        if isinstance(getattr(type(self), "name", None), property):
+            raise BadInput(f"judge {self.name!r} cannot be called {name!r}; leave label= out.")
+        self.name = name
+        return self
+
     def score(
         self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
     ) -> Float[Tensor, "batch label"]:
