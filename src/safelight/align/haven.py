@@ -85,7 +85,7 @@ class Haven(TextSide):
         needs=("prompts", "gradients"),
     )
 
-    epochs: int = 3
+    epochs: int = 2
     batch: int = 64
     patience: int = 0
     scope: Scope = "layers"
@@ -93,13 +93,13 @@ class Haven(TextSide):
     worst: float = 1.0
     radius: float = 0.3
     inner: int = 1
-    slots: int = 4
+    slots: int = 5
     planted: float = 0.5
     nearby: float = 0.5
     scattered: float = 0.5
     hold: float = 2.0
     spread: float = 1.0
-    variants: int = 3
+    variants: int = 2
     avoid: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
