@@ -197,10 +197,10 @@ class Haven(TextSide):
         old, goals = material.tau(batch.unsafe), material.tau(batch.goals)
         from_safe = torch.rand(len(batch.unsafe), generator=rng) < self.planted
         pairs = zip(batch.unsafe, batch.goals, from_safe.tolist(), strict=True)
-        tokens = material.tau.tokens_of([goal if safe else text for text, goal, safe in pairs])
+        started = material.tau.tokens_of([goal if safe else text for text, goal, safe in pairs])
         tokens, delta = worst_case(
             model,
-            tokens,
+            started,
             lambda now: material.apart(now, old),
             radius=self.radius,
             steps=self.inner,
