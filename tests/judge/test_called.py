@@ -7,7 +7,8 @@ from safelight.bench.settings import spelled
 from safelight.bench.suite import Method
 from safelight.cli.guards import judge
 from safelight.errors import BadInput
-from safelight.judge.emoji import EmojiJudge
+from safelight.judge.emoji import EmojiJudge, EmojiJudgeB
+from safelight.judge.fake import FakeJudge
 from safelight.judge.nudenet import NudeNet
 
 
@@ -28,3 +29,11 @@ def test_a_suites_label_is_the_judges_name():
 def test_a_judge_whose_name_says_which_it_is_keeps_it():
     with pytest.raises(BadInput, match="leave label= out"):
         EmojiJudge().called("mine")
+
+
+def test_a_judge_without_a_label_is_spelled_by_its_name():
+    assert spelled(EmojiJudge()) == "emoji"
+    assert spelled(EmojiJudgeB()).partition(":")[0] == "emoji-b"
+    assert spelled(NudeNet()) == "nudenet"
+    assert spelled(FakeJudge(name="mine")) == "mine:name=mine"
+    assert all("property" not in spelled(one) for one in (EmojiJudge(), EmojiJudgeB()))

@@ -68,16 +68,16 @@ def spelled(judge: Judge) -> str:
     """A judge as the command line names it: "name", or "name:key=value,key=value"."""
     if not dataclasses.is_dataclass(judge):
         return judge.name
-    own = {field.name: field.default for field in dataclasses.fields(judge)}
-    name = getattr(type(judge), "name", judge.name)
-    relabelled = "name" not in own and judge.name != name
-    given = [f"label={judge.name}"] if relabelled else []
+    kind = getattr(type(judge), "name", judge.name)
+    own = "name" in {field.name for field in dataclasses.fields(judge)}
+    fixed = own or isinstance(kind, property)  # a setting, or it follows from one
+    name = judge.name if fixed else kind
+    given = [] if name == judge.name else [f"label={judge.name}"]
     for field in dataclasses.fields(judge):
         value, made = getattr(judge, field.name), field.default_factory
         if value != (field.default if made is dataclasses.MISSING else made()):
             scalar = isinstance(value, bool | int | float | str)
             given.append(f"{field.name}={value if scalar else json.dumps(_told(value))}")
-    name = name if relabelled else judge.name
     return f"{name}:{','.join(given)}" if given else name
 
 
