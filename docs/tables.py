@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safelight.bench.attacked import slug
 from safelight.report.leaderboard import Board, Cell, read
 
 FIGURES = {  # (metric, last part of the prompt set) -> how it is called
@@ -109,9 +108,9 @@ def _kept(board: Board, cell: Cell) -> str:
 
 
 def _seconds(board: Board, cell: Cell) -> str:
-    path = board.folder / "cells" / slug(cell.row["name"]) / slug(cell.column["name"]) / "cell.json"
-    if not cell.column["attack"] or not path.exists():
+    if not cell.column["attack"] or not cell.run:
         return ""
+    path = cell.run.folder.parent / "cell.json"
     return f"{json.loads(path.read_text(encoding='utf-8')).get('seconds', 0):.0f}"
 
 

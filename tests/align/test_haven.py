@@ -79,6 +79,7 @@ def nearest_after_pushes(model, data, patch):
             radius=0.5,
             steps=5,
             rng=torch.Generator().manual_seed(7),
+            words=material.words,
         )
         with torch.no_grad(), pushed(model, delta):
             now = read(model, tokens)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from safelight.training.embedding import distance, read, remember
-from safelight.training.worst import _norm, pushed, worst_case
+from safelight.training.worst import Vocabulary, _norm, pushed, worst_case
 
 PROMPTS = ["a red sword", "an old steel sword in a hand"]
 
@@ -25,10 +25,16 @@ def setting(model):
     return tau.tokens_of(PROMPTS), far
 
 
+def attacked(model, tokens, far, slots, *, rng, **settings):
+    words, n = Vocabulary.of(model, list(tokens)), len(next(iter(tokens.values()))[0])
+    front = words.random(n, slots, rng) if slots else None
+    return worst_case(model, tokens, far, rng=rng, words=words, front=front, **settings)
+
+
 def found(model, steps, radius=0.5, seed=0, slots=0):
     tokens, far = setting(model)
     rng = torch.Generator().manual_seed(seed)
-    tokens, delta = worst_case(model, tokens, far, radius=radius, steps=steps, rng=rng, slots=slots)
+    tokens, delta = attacked(model, tokens, far, slots, radius=radius, steps=steps, rng=rng)
     with torch.no_grad(), pushed(model, delta):
         return delta, far(read(model, tokens))
 
@@ -71,7 +77,7 @@ def test_words_in_front_come_nearer_than_random_ones(model):
 def test_words_in_front_leave_marks_and_prompt_alone(model):
     tokens, far = setting(model)
     rng = torch.Generator().manual_seed(0)
-    made, delta = worst_case(model, tokens, far, radius=0.2, steps=1, rng=rng, slots=2)
+    made, delta = attacked(model, tokens, far, 2, radius=0.2, steps=1, rng=rng)
     for name, (ids, mask) in made.items():
         old, own = tokens[name]
         first = len(model.tokenizers[name]("").input_ids) - 1
@@ -100,6 +106,6 @@ def test_a_prompt_that_no_longer_fits_keeps_its_end_mark(model):
         return next(iter(now.values())).states.square().sum((1, 2))
 
     rng = torch.Generator().manual_seed(0)
-    made, delta = worst_case(model, tokens, far, radius=0.2, steps=1, rng=rng, slots=3)
+    made, delta = attacked(model, tokens, far, 3, radius=0.2, steps=1, rng=rng)
     assert made[name][0][0, -1] == tokens[name][0][0, -1] and made[name][1].all()
     assert delta[name][0, -1].norm() == 0

@@ -5,8 +5,9 @@ original encoder, `tau_s` the trained one, `p` an unsafe prompt, `p'` its safe c
 prompts with "" among them, and `d` the Euclidean distance in units of a safe reading's mean norm:
 
     L_d = mean over D_u of d(tau_s(p), tau(p'))                         destination
-    L_w = mean over D_u of d(tau_s(v, p + delta), tau(p')),             worst case
-          v, delta = argmin over |delta_i| <= r of d(tau_s(v, p + delta), tau(p))
+    L_w = mean over D_u of d(tau_s(v, q + delta), tau(p')),             worst case
+          v, delta = argmin over |delta_i| <= r of d(tau_s(v, q + delta), tau(p)),
+          q = p, or p' for a share `planted`
     L_h = mean over D_s of d(tau_s(p), tau(p))                          hold
     L_s = max(0, S(tau(D_s)) - S(tau_s(D_s)))                           spread
 
@@ -17,11 +18,13 @@ prompts with "" among them, and `d` the Euclidean distance in units of a safe re
 - *Layers only.* The embedding tables stay as they are. A table that may change learns the words on
   the list; layers alone must learn what the words mean, and carry it over to words of the same
   meaning that no list names. Of all parts this one does most for paraphrases.
-- *Neighbours.* D_u grows by prompts in which an unsafe phrase is exchanged for words of the
-  tokenizer's vocabulary that the original encoder finds like it, and unlike anything benign.
+- *Wider lists.* D_u grows by prompts in which an unsafe phrase is exchanged for words of the
+  tokenizer's vocabulary that the original encoder finds like it, and unlike anything benign, and by
+  such phrases among random words, with the safe phrase at the same place as destination.
 - *Worst case.* Pushes of the words' embeddings, and words `v` in front of the prompt, that bring
   the *trained* encoder nearest to the old reading, found anew at every step (AdvUnlearn,
-  arXiv:2405.15234, does so through the denoiser).
+  arXiv:2405.15234, does so through the denoiser). L_w is over one half of a batch, L_d over the
+  other.
 - *Hold and spread.* Safe prompts, and variants of them with random words of the vocabulary inside
   or in front but for those that come near unsafe prompts, stay where they were, and as far apart
   (SAGE, arXiv:2607.00402). "" is in every batch: classifier-free guidance asks for it.
@@ -37,7 +40,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from safelight.align.base import Loss, Split, TextData
@@ -50,11 +52,9 @@ from safelight.training.data import shuffled, texts
 from safelight.training.embedding import Reading, Reference, distance, read, remember, size
 from safelight.training.geometry import spread
 from safelight.training.wider import near_ones, scattered, sorted_words, varied
-from safelight.training.worst import in_front, pushed, random_words, worst_case
+from safelight.training.worst import Front, Vocabulary, pushed, worst_case
 
 KEPT = 64  # worst words that are remembered per category
-
-Words = Mapping[str, Int[Tensor, "*prompt slot"]]  # ids by encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +144,7 @@ class Haven(TextSide):
             scale={name: size(p, "flatten").mean().item() for name, p in tau(["", *safe]).items()},
             hashes=data.hashes(),
             categories={prompt.text: prompt.category for prompt in unsafe},
+            words=Vocabulary.of(model, encoders),
         )
 
     def steps(self, material: Material) -> int:
@@ -198,6 +199,7 @@ class Haven(TextSide):
         from_safe = torch.rand(len(batch.unsafe), generator=rng) < self.planted
         pairs = zip(batch.unsafe, batch.goals, from_safe.tolist(), strict=True)
         started = material.tau.tokens_of([goal if safe else text for text, goal, safe in pairs])
+        front = material.begin(batch.unsafe, self.slots, rng)
         tokens, delta = worst_case(
             model,
             started,
@@ -205,11 +207,11 @@ class Haven(TextSide):
             radius=self.radius,
             steps=self.inner,
             rng=rng,
-            slots=self.slots,
-            words=material.remembered(model, batch.unsafe, self.slots, rng) if self.slots else None,
+            words=material.words,
+            front=front,
         )
-        if self.slots:
-            material.remember(batch.unsafe, in_front(model, tokens, self.slots))
+        if front:
+            material.keep(batch.unsafe, material.words.in_front(tokens, self.slots))
         with pushed(model, delta):
             return material.apart(read(model, tokens), goals)
 
@@ -252,7 +254,7 @@ class Haven(TextSide):
 
 @dataclass(frozen=True)
 class Material:
-    """What stays constant while training.
+    """What stays constant while training, and the worst words found on the way.
 
     Args:
         split: Prompts to learn from and to check with.
@@ -263,7 +265,8 @@ class Material:
         scale: Mean norm of a safe reading, by piece.
         hashes: SHA-256 of each prompt set.
         categories: The category of each unsafe prompt.
-        chosen: The last worst words of each category, while training.
+        words: What may stand in front of a prompt.
+        chosen: The last worst words of each category; every training begins without any.
     """
 
     split: Split
@@ -274,27 +277,27 @@ class Material:
     scale: Mapping[str, float]
     hashes: dict[str, str]
     categories: Mapping[str, str]
-    chosen: dict[str, list[Words]] = field(default_factory=dict)
+    words: Vocabulary
+    chosen: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)
 
-    def remembered(
-        self, model: TextToImage, prompts: Sequence[str], slots: int, rng: torch.Generator
-    ) -> Words:
+    def begin(self, prompts: Sequence[str], slots: int, rng: torch.Generator) -> Front | None:
         """Words to begin with: half of them random, half chosen before for the same category."""
-        n = len(prompts)
-        words = {name: random_words(model, name, n, slots, rng) for name in self.tau.tokens}
+        if not slots:
+            return None
+        front = self.words.random(len(prompts), slots, rng)
         for row, prompt in enumerate(prompts):
             known = self.chosen.get(self.categories[prompt], [])
             if known and torch.rand(1, generator=rng) < 0.5:
                 some = known[int(torch.randint(len(known), (1,), generator=rng))]
                 for name, ids in some.items():
-                    words[name][row] = ids
-        return words
+                    front[name][row] = ids
+        return front
 
-    def remember(self, prompts: Sequence[str], words: Words) -> None:
-        """Keep the words that were chosen for some prompts."""
+    def keep(self, prompts: Sequence[str], front: Front) -> None:
+        """Remember the words that were chosen for some prompts, the last of each category."""
         for row, prompt in enumerate(prompts):
             known = self.chosen.setdefault(self.categories[prompt], [])
-            known.append({name: ids[row].cpu() for name, ids in words.items()})
+            known.append({name: ids[row].cpu() for name, ids in front.items()})
             del known[:-KEPT]
 
     def apart(self, now: Reading, then: Reading) -> Tensor:

@@ -348,8 +348,8 @@ def _readers(model: TextToImage) -> set[str]:
     return {
         name
         for name in _attention(model)
-        if name.startswith("denoiser.")
-        and (".attn2." in name and ".to_q." not in name)
+        if ".attn2." in name
+        and ".to_q." not in name
         or any(f".{part}." in name for part in PARTS[5:])
     }
 

@@ -70,12 +70,7 @@ def prefixed(
     """
     if not words:
         return []
-    pairs = []
-    for text in texts:
-        n = 1 + int(torch.randint(most, (1,), generator=rng))
-        front = [words[i] for i in torch.randint(len(words), (n,), generator=rng).tolist()]
-        pairs.append((text, " ".join([*front, text])))
-    return pairs
+    return [(text, " ".join([*some(words, most, rng), text])) for text in texts]
 
 
 def strewn(
@@ -90,12 +85,13 @@ def strewn(
     """
     if not words:
         return []
-    pairs = []
-    for text in texts:
-        n = 1 + int(torch.randint(most, (1,), generator=rng))
-        drawn = torch.randint(len(words), (n,), generator=rng).tolist()
-        pairs.append((text, " ".join(words[i] for i in drawn)))
-    return pairs
+    return [(text, " ".join(some(words, most, rng))) for text in texts]
+
+
+def some(words: Sequence[str], most: int, rng: torch.Generator) -> list[str]:
+    """One to `most` words, drawn at random."""
+    n = 1 + int(torch.randint(most, (1,), generator=rng))
+    return [words[i] for i in torch.randint(len(words), (n,), generator=rng).tolist()]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 
 from safelight.flow import Prompt
 from safelight.models.base import TextToImage
-from safelight.training.augment import exchanged, neighbours, prefixed, strewn, vocabulary
+from safelight.training.augment import exchanged, neighbours, prefixed, some, strewn, vocabulary
 from safelight.training.data import shuffled, texts
 from safelight.training.pairs import Pair, of_prompts, pair
 
@@ -63,7 +63,7 @@ def sorted_words(
 def near_ones(
     unsafe: Sequence[Prompt], words: Words, share: float, rng: torch.Generator
 ) -> list[Prompt]:
-    """Unsafe prompts that say a neighbour of their phrase, `share` times as many as there are."""
+    """Prompts that say a neighbour of their phrase, `share` times as many as have one."""
     pairs = _paired(unsafe, lambda one: one.phrase in words.near)
     return [
         replace(prompt, text=one.saying(_one_of(words.near[one.phrase], rng)).target)
@@ -84,9 +84,8 @@ def scattered(
     for prompt, one in _some(_paired(unsafe, lambda one: bool(one.phrase)), share, rng):
         phrase = _one_of((one.phrase, *words.near.get(one.phrase, ())), rng)
         safe = pair(one.anchor, one.target).phrase
-        n = 1 + int(torch.randint(most, (1,), generator=rng))
-        around = [_one_of(words.rest, rng) for _ in range(n)]
-        at = int(torch.randint(n + 1, (1,), generator=rng))
+        around = some(words.rest, most, rng)
+        at = int(torch.randint(len(around) + 1, (1,), generator=rng))
         front, back = around[:at], around[at:]
         made.append(
             replace(

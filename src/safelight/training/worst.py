@@ -15,8 +15,9 @@ Start and end marks are not touched: no attacker can.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -28,7 +29,44 @@ from safelight.training.embedding import Reading, read
 Tokens = Mapping[str, tuple[Tensor, Tensor]]  # ids and mask by encoder
 Pushes = Mapping[str, Float[Tensor, "batch token dim"]]
 
+Front = Mapping[str, Int[Tensor, "batch slot"]]  # ids of words in front, by encoder
+
 CHOICES = 16  # best exchanges, of which one is drawn
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What may stand in front of a prompt, and where that is; looked up once per model.
+
+    Args:
+        ids: Everything in an encoder's table that is no mark, by encoder.
+        first: Where a text's own tokens begin, by encoder.
+    """
+
+    ids: Mapping[str, Int[Tensor, " word"]]
+    first: Mapping[str, int]
+
+    @classmethod
+    def of(cls, model: TextToImage, encoders: Sequence[str]) -> Vocabulary:
+        """The vocabularies of some encoders."""
+        return cls(
+            {name: _words(model, name) for name in encoders},
+            {name: len(model.tokenizers[name]("").input_ids) - 1 for name in encoders},
+        )
+
+    def random(self, n: int, slots: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """Words for `n` prompts, drawn at random."""
+        return {
+            name: ids[torch.randint(len(ids), (n, slots), generator=rng)]
+            for name, ids in self.ids.items()
+        }
+
+    def in_front(self, tokens: Tokens, slots: int) -> dict[str, Tensor]:
+        """The first `slots` words of each prompt."""
+        return {
+            name: ids[:, self.first[name] : self.first[name] + slots]
+            for name, (ids, _) in tokens.items()
+        }
 
 
 @contextmanager
@@ -49,8 +87,8 @@ def worst_case(
     radius: float,
     steps: int,
     rng: torch.Generator,
-    slots: int = 0,
-    words: Mapping[str, Int[Tensor, "batch slot"]] | None = None,
+    words: Vocabulary,
+    front: Front | None = None,
 ) -> tuple[Tokens, Pushes]:
     """Tokens and pushes that make `far` small, for each prompt on its own.
 
@@ -59,17 +97,17 @@ def worst_case(
         far: How far each reading is from where the attack tries to bring it.
         radius: Of a token's push, in units of the mean norm of a word's embedding.
         steps: Of gradient descent.
-        rng: Decides which words stand in front first, and where the pushes start.
-        slots: Words that are put in front of each prompt; a prompt that is too long loses its end.
-        words: Ids of those words at the start, by encoder; random ones where there are none.
+        rng: Decides where the pushes start, and which of the best words is taken.
+        words: What words in front are exchanged for.
+        front: Words that are put in front of each prompt at first; a prompt that becomes too long
+            loses its end. None puts nothing there.
     """
-    own = {name: _free(model, name, *pair) for name, pair in tokens.items()}
-    if slots:
-        drawn = {name: random_words(model, name, len(tokens[name][0]), slots, rng) for name in own}
-        tokens = {
-            n: _behind(model, n, pair, {**drawn, **(words or {})}[n]) for n, pair in tokens.items()
-        }
-    free = {name: _moved(model, name, free, slots) for name, free in own.items()}
+    free = {name: _free(model, name, *pair) for name, pair in tokens.items()}
+    slots = 0
+    if front:
+        slots = next(iter(front.values())).shape[1]
+        tokens = {n: _behind(pair, front[n], words.first[n]) for n, pair in tokens.items()}
+        free = {name: _moved(one, slots, words.first[name]) for name, one in free.items()}
     reach = {name: radius * _norm(model, name) for name in tokens}
     pushes = {name: _start(model, name, free[name], reach[name], rng) for name in tokens}
     for _ in range(steps):
@@ -81,35 +119,20 @@ def worst_case(
             name: _step(delta.detach(), slopes[name], free[name], reach[name])
             for name, delta in given.items()
         }
-        tokens = {
-            name: _exchanged(model, name, pair, slopes[name], slots, rng)
-            for name, pair in tokens.items()
-        }
+        if slots:
+            tokens = {
+                name: _exchanged(model, name, pair, slopes[name], slots, words, rng)
+                for name, pair in tokens.items()
+            }
     return tokens, {name: delta.detach() for name, delta in pushes.items()}
 
 
-def random_words(
-    model: TextToImage, name: str, n: int, slots: int, rng: torch.Generator
-) -> Int[Tensor, "n slots"]:
-    """Ids of words of an encoder's table, drawn at random."""
-    words = _words(model, name)
-    return words[torch.randint(len(words), (n, slots), generator=rng)]
-
-
-def in_front(
-    model: TextToImage, tokens: Tokens, slots: int
-) -> dict[str, Int[Tensor, "batch slot"]]:
-    """The ids of the first words of each prompt."""
-    first = {name: _first(model, name) for name in tokens}
-    return {name: ids[:, first[name] : first[name] + slots] for name, (ids, _) in tokens.items()}
-
-
 def _behind(
-    model: TextToImage, name: str, pair: tuple[Tensor, Tensor], words: Int[Tensor, "batch slot"]
+    pair: tuple[Tensor, Tensor], words: Int[Tensor, "batch slot"], first: int
 ) -> tuple[Tensor, Tensor]:
     """The tokens behind some words, cut to length before the end mark."""
     ids, mask = pair
-    first, slots, words = _first(model, name), words.shape[1], words.to(ids)
+    slots, words = words.shape[1], words.to(ids)
     end = ids[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
     ids = torch.cat([ids[:, :first], words, ids[:, first:-slots]], dim=1)
     mask = torch.cat([mask[:, :first], torch.ones_like(words), mask[:, first:-slots]], dim=1)
@@ -117,11 +140,8 @@ def _behind(
     return ids, mask
 
 
-def _moved(model: TextToImage, name: str, free: Tensor, slots: int) -> Tensor:
+def _moved(free: Tensor, slots: int, first: int) -> Tensor:
     """The same words' places behind the slots; the last place may hold the end mark."""
-    if not slots:
-        return free
-    first = _first(model, name)
     moved = torch.cat([free[:, :first], free.new_zeros(len(free), slots), free[:, first:-slots]], 1)
     moved[:, -1] = 0
     return moved
@@ -133,27 +153,20 @@ def _exchanged(
     pair: tuple[Tensor, Tensor],
     slope: Float[Tensor, "batch token dim"],
     slots: int,
+    words: Vocabulary,
     rng: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Some slots' words exchanged for one of those that lead downhill, to first order."""
-    if not slots:
-        return pair
     ids, mask = pair
-    first, words = _first(model, name), _words(model, name).to(ids.device)
-    table = model.token_table(name).weight.detach()[words].to(slope)
+    first, known = words.first[name], words.ids[name].to(ids.device)
+    table = model.token_table(name).weight.detach()[known].to(slope)
     best = (slope[:, first : first + slots] @ table.T).topk(CHOICES, dim=-1, largest=False).indices
     pick = torch.randint(best.shape[-1], (*best.shape[:2], 1), generator=rng).to(ids.device)
-    new = words[best.gather(-1, pick)[..., 0]]
+    new = known[best.gather(-1, pick)[..., 0]]
     # Words are judged one by one as if the others stayed, so about half of them do.
     stay = (torch.rand(new.shape, generator=rng) < 0.5).to(ids.device)
-    old = ids[:, first : first + slots]
-    front = torch.where(stay, old, new)
+    front = torch.where(stay, ids[:, first : first + slots], new)
     return torch.cat([ids[:, :first], front, ids[:, first + slots :]], dim=1), mask
-
-
-def _first(model: TextToImage, name: str) -> int:
-    """Where a text's own tokens begin."""
-    return len(model.tokenizers[name]("").input_ids) - 1
 
 
 def _words(model: TextToImage, name: str) -> Int[Tensor, " word"]:
