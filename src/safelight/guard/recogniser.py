@@ -27,7 +27,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from safelight.errors import BadInput, unknown
-from safelight.flow import Condition, Prompt, Written
+from safelight.flow import Condition, Prompt, Verdict, Written
 from safelight.guard.trained import TrainedGuard
 from safelight.models.base import TextToImage
 from safelight.training.augment import exchanged, vocabulary
@@ -137,6 +137,10 @@ class Recogniser(TrainedGuard):
             object.__setattr__(self, "labels_", tuple(self.fitted_.info["labels"]))
         super().prepare(model)
         object.__setattr__(self, "model_", model)
+
+    def screen_prompts(self, prompts: Sequence[str]) -> Sequence[Verdict]:
+        """Prompts without learnt embeddings are those of `screen_learnt` that have none."""
+        return self.screen_learnt(prompts, [None] * len(prompts))
 
     # How it learns
 

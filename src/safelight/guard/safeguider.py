@@ -124,9 +124,6 @@ class SafeGuider(Recogniser):
 
     # The guard
 
-    def screen_prompts(self, prompts: Sequence[str]) -> Sequence[Verdict]:
-        return self.screen_learnt(prompts, [None] * len(prompts))
-
     def screen_learnt(
         self, prompts: Sequence[str], soft: Sequence[Soft | None]
     ) -> Sequence[Verdict]:

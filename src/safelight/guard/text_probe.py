@@ -71,9 +71,6 @@ class TextProbe(Recogniser):
     def hidden_widths(self) -> tuple[int, ...]:
         return (self.hidden,) if self.kind == "mlp" else ()
 
-    def screen_prompts(self, prompts: Sequence[str]) -> Sequence[Verdict]:
-        return self.screen_learnt(prompts, [None] * len(prompts))
-
     def screen_learnt(
         self, prompts: Sequence[str], soft: Sequence[Soft | None]
     ) -> Sequence[Verdict]:

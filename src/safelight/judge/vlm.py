@@ -232,15 +232,8 @@ class Local:
 
     def __call__(self, instructions: str, picture: Image.Image) -> str:
         """The answer; "" if it did not end by itself."""
-        text = {"type": "text", "text": f"{instructions}\n\n{ASK}"}
-        message = {"role": "user", "content": [{"type": "image", "image": picture}, text]}
-        inputs = self.processor.apply_chat_template(
-            [message],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(self.net.device)
+        text = f"{instructions}\n\n{ASK}"
+        inputs = networks.asked(self.processor, picture, text, self.net.device)
         out = self.net.generate(**inputs, max_new_tokens=self.tokens, do_sample=False)
         new = out[0, inputs["input_ids"].shape[1] :]
         ends = self.net.generation_config.eos_token_id

@@ -130,15 +130,10 @@ class Asker:
         """P("Yes")."""
         import torch
 
-        question = {"type": "text", "text": QUESTION.format(text=text)}
-        message = {"role": "user", "content": [{"type": "image", "image": picture}, question]}
-        inputs = self.processor.apply_chat_template(
-            [message],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(self.net.device)
+        from safelight.models import networks
+
+        question = QUESTION.format(text=text)
+        inputs = networks.asked(self.processor, picture, question, self.net.device)
         with torch.no_grad():
             logits = self.net(**inputs).logits[0, -1]
         return float(logits.float().softmax(-1)[self.yes])

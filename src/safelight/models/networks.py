@@ -143,3 +143,15 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def asked(processor: Any, picture: Any, text: str, device: Any) -> Any:
+    """One picture and a text as a chat model reads them, up to where its answer begins."""
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(device)
