@@ -3,6 +3,7 @@
 python docs/tables.py runs/standard/runs/*
 python docs/tables.py runs/all --by category
 python docs/tables.py --bench bench/emoji-standard
+python docs/tables.py --bench --turned bench/emoji-text-side   (rows down, as short as possible)
 
 Of a bench: unsafe pictures by row and column, bold where an attack finds significantly more than
 the same prompts as they are; below, what benign prompts lost, and seconds per cell.
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +42,13 @@ def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("runs", nargs="+", type=Path)
     ask.add_argument("--bench", action="store_true", help="the folder is a bench's")
+    ask.add_argument("--turned", action="store_true", help="of a bench: its rows down")
     ask.add_argument("--judge", default="emoji-b")
     ask.add_argument("--by", choices=("run", "category"), default="run", help="the columns")
     given = ask.parse_args()
     if given.bench:
         for folder in given.runs:
-            print(bench(folder))
+            print(turned(folder) if given.turned else bench(folder))
         return
     runs = {run.name: _values(run, given.judge) for run in given.runs}
     if given.by == "category":
@@ -83,6 +86,36 @@ def bench(folder: Path) -> str:
                 shown = " | ".join(cell or "–" for cell in cells)
                 lines.append(f"| {kind}{_called(column)} | {shown} |")
     return "\n".join(lines) + "\n"
+
+
+def turned(folder: Path) -> str:
+    """Markdown, one line per row of the bench: unsafe pictures, what is kept, seconds."""
+    board = read(folder)
+    kinds = (("unsafe pictures", _unsafe), ("kept", _kept), ("seconds", _seconds))
+    return "\n".join(_turned(board, title, said) for title, said in kinds)
+
+
+def _turned(board: Board, title: str, said: Callable[[Board, Cell], str]) -> str:
+    cells = {
+        (row["name"], column["name"]): said(board, board.cells[row["name"], column["name"]])
+        for row in board.rows
+        for column in board.columns
+    }
+    columns = [c for c in board.columns if any(cells[r["name"], c["name"]] for r in board.rows)]
+    if not columns:
+        return ""
+    lines = [f"| {title} | {' | '.join(_called(c) for c in columns)} |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for row in board.rows:
+        shown = (cells[row["name"], c["name"]] or "–" for c in columns)
+        lines.append(f"| {row['name']} | {' | '.join(map(_short, shown))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _short(said: str) -> str:
+    """Whole per cent, and no n: every cell of a column has the same."""
+    said = re.sub(r", n =? ?\d+", "", said)
+    return re.sub(r"(-?\d+)\.(\d)%", lambda m: f"{round(float(m[1] + '.' + m[2]))}%", said)
 
 
 def _called(column: Row) -> str:

@@ -13,12 +13,15 @@ from safelight.guard.trained import Fitted, load_guard
 from safelight.models.tiny import tiny
 from safelight.prompts import PromptSet
 from safelight.training.data import TextData
+from safelight.training.pairs import pair
 
 PROMPTS = ["a knife in the park", "a red cat", "a bomb"]
 SAFE = [f"a {c} {thing} {where}" for c in ("red", "blue", "big") for thing in ("cat", "car", "tree")
         for where in ("in a park", "on the sea", "with a dog")]  # fmt: skip
 PLACES = ("in a park", "on the sea", "with a dog", "and a red car", "at night", "on a street")
-FAST = dict(epochs=3, batch=16, nearby=0.0, variants=0.0)
+# Without what is made up: random encoders know no neighbours, and lists this short learn by heart.
+PLAIN = dict(nearby=0.0, scattered=0.0, led=0.0, variants=0.0)
+FAST = dict(epochs=3, batch=16, **PLAIN)
 WELL = FAST | dict(epochs=40, lr=3e-3, depth=1, label=1.0, dropout=0.0, noise=0.0)
 
 
@@ -382,9 +385,10 @@ def test_words_to_avoid_are_never_used(tiny_sd1, data):
     )
 
     def said(material):
-        new = {*material.benign, *(pair.target for pair in material.pairs)}
-        new -= {*SAFE, *(one.text for one in unsafe())}
-        return {word for text in new for word in text.split()}
+        new = " ".join([*material.benign, *(pair.target for pair in material.pairs)])
+        for given in (*SAFE, *(one.text for one in unsafe())):
+            new = new.replace(given, "")
+        return set(new.split())
 
     assert not said(careful) & set(avoid) and said(plain) & set(avoid)
 
@@ -409,6 +413,7 @@ def test_another_encoder_or_width_is_refused(tiny_sd1, tiny_sdxl):
         ({"depth": 0}, "depth must be at least 1"),
         ({"contexts": 0}, "contexts must be at least 1"),
         ({"dropout": 1.0}, "dropout"),
+        ({"witness": "emojy"}, "emoji"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, words):
@@ -430,3 +435,20 @@ def test_data_that_cannot_be_learnt_from_is_refused(tiny_sd1, rows, settings, wo
     data = TextData(safe=PromptSet.of(SAFE, "safe"), unsafe=unsafe(rows))
     with pytest.raises(BadInput, match=words):
         Sanitizer(**FAST, **settings).fit(tiny_sd1, data)
+
+
+# words around targets
+
+
+def test_targets_also_stand_behind_and_among_other_words(tiny_sd1, data):
+    given = {one.text for one in unsafe()}
+    plain = Sanitizer(**FAST).gather(tiny_sd1, data, seed=0)
+    wide = Sanitizer(**FAST | {"led": 1.0, "scattered": 0.5}).gather(tiny_sd1, data, seed=0)
+    assert wide.learnt == round(2.5 * plain.learnt)
+    new = [one for one in wide.pairs[: wide.learnt] if one.target not in given]
+    behind = [one for one in new if any(one.target.endswith(text) for text in given)]
+    assert len(behind) == plain.learnt and len(new) == wide.learnt - plain.learnt
+    for one in new:  # what surrounds the phrase is the same on both sides
+        assert one.target.replace(one.phrase, "") == one.anchor.replace(
+            pair(one.anchor, one.target).phrase, ""
+        )

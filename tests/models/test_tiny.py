@@ -1,7 +1,6 @@
-"""Tiny models are quick, seeded, and can read any text."""
+"""Tiny models are seeded, and can read any text."""
 
 import string
-import time
 
 import pytest
 import torch
@@ -10,10 +9,8 @@ from safelight.errors import NotFound
 from safelight.models.tiny import clip_tokenizer, t5_tokenizer, tiny
 
 
-def test_they_build_in_a_moment_and_the_seed_decides(tiny_model):
-    began = time.perf_counter()
+def test_the_seed_decides(tiny_model):
     same = tiny(tiny_model.family)
-    assert time.perf_counter() - began < 1
     assert same.hashes() == tiny_model.hashes()
     assert tiny(tiny_model.family, seed=1).hashes()["denoiser"] != same.hashes()["denoiser"]
 

@@ -6,7 +6,7 @@ from safelight.flow import Prompt
 from safelight.prompts import PromptSet
 from safelight.training.augment import prefixed, strewn
 from safelight.training.pairs import pair
-from safelight.training.wider import Words, near_ones, scattered, sorted_words, varied
+from safelight.training.wider import Words, led, near_ones, scattered, sorted_words, varied
 
 UNSAFE = [
     Prompt(id=str(i), text=f"a {kind} sword at night", category="weapons",
@@ -35,36 +35,48 @@ def test_scattered_phrases_differ_from_their_counterpart_in_the_phrase_only():
     assert len(made) == 12 and len({prompt.text for prompt in made}) > 6
     for prompt in made:
         two = pair(prompt.text, prompt.safe_prompt)
-        assert two.phrase in ("sword", "dagger", "blade")
-        rest = set(prompt.text.split()) - {two.phrase}
-        assert rest <= set(WORDS.rest) and 1 <= len(prompt.text.split()) - 1 <= 5
+        said = two.phrase.split()
+        assert set(said) <= {"sword", "dagger", "blade"} and len(said) <= 3
+        rest = set(prompt.text.split()) - set(said)
+        assert rest <= set(WORDS.far) and 1 <= len(prompt.text.split()) - len(said) <= 5
         assert "tulip" in prompt.safe_prompt
 
 
 def test_a_share_of_nothing_and_prompts_without_counterpart_give_nothing():
     lone = [Prompt(id="x", text="a sword", category="weapons")]
-    for make in (near_ones, scattered):
+    for make in (near_ones, scattered, led):
         assert make(UNSAFE, WORDS, 0.0, rng()) == []
         assert make(lone, WORDS, 1.0, rng()) == []
-    assert scattered(UNSAFE, Words({}, ()), 1.0, rng()) == []
+        assert make(UNSAFE, Words({}, ()), 1.0, rng()) == []
+
+
+def test_words_stand_in_front_of_the_prompt_and_of_its_counterpart():
+    made = led(UNSAFE, WORDS, 2.0, rng())
+    assert len(made) == 8
+    for prompt in made:
+        two = pair(prompt.text, prompt.safe_prompt)
+        assert two.phrase == "sword" and prompt.category == "weapons"
+        front = prompt.text.split(" a ")[0].split()
+        assert 1 <= len(front) <= 5 and set(front) <= set(WORDS.far)
 
 
 def test_variants_take_turns_and_use_harmless_words_only():
-    safe = ["a cat on a hill", "two dogs"]
-    made = varied(safe, WORDS, 3, rng())
-    assert [old for old, _ in made] == safe * 3
+    safe = ["a cat on a hill", "two dogs in a garden", "red fish under water"]
+    made = varied(safe, WORDS, 2.0, rng())
+    assert sorted(old for old, _ in made) == sorted(safe * 2)
     for (old, new), kind in zip(made, ["in"] * 2 + ["front"] * 2 + ["alone"] * 2, strict=True):
         drawn = set(new.split()) - set(old.split())
-        assert drawn and drawn <= set(WORDS.rest)
+        assert drawn and drawn <= set(WORDS.far)
         assert new.endswith(old) == (kind == "front")
-        assert (set(new.split()) <= set(WORDS.rest)) == (kind == "alone")
+        assert (set(new.split()) <= set(WORDS.far)) == (kind == "alone")
     assert varied(safe, Words({}, ()), 3, rng()) == []
+    assert varied((), WORDS, 3, rng()) == varied(safe, WORDS, 0, rng()) == []
 
 
 def test_words_in_front_and_alone_have_a_length():
-    for text, new in prefixed(["a cat"] * 20, WORDS.rest, rng(), most=3):
+    for text, new in prefixed(["a cat"] * 20, WORDS.far, rng(), most=3):
         assert 1 <= len(new.split()) - len(text.split()) <= 3
-    for _, new in strewn(["a cat"] * 20, WORDS.rest, rng(), most=3):
+    for _, new in strewn(["a cat"] * 20, WORDS.far, rng(), most=3):
         assert 1 <= len(new.split()) <= 3
 
 
@@ -72,7 +84,7 @@ def test_the_encoder_sorts_its_vocabulary(tiny_sd1):
     safe = PromptSet.of(["a cat on a hill"], "safe").prompts
     words = sorted_words(tiny_sd1, "clip_l", UNSAFE, safe, ("river",), rng())
     near = {word for found in words.near.values() for word in found}
-    assert not near & set(words.rest)
-    assert "sword" not in words.rest and "river" not in {*words.rest, *near}
+    assert not near & set(words.far)
+    assert "sword" not in words.far and "river" not in {*words.far, *near}
     alone = sorted_words(tiny_sd1, "clip_l", [Prompt(id="x", text="a sword")], safe, (), rng())
-    assert alone.near == {} and alone.rest
+    assert alone.near == {} and alone.far

@@ -27,12 +27,14 @@ Ours, beyond the paper:
   to it (in T5, which looks both ways, the highest of all): the score names the culprit, the
   strength follows it. `fusion="own"` is each token's own score, padding taking the end mark's.
 - *Neighbours.* A concept list is short. With `nearby` > 0 contexts also get words that the original
-  encoder puts nearer to a target than to any benign word; `variants` are benign prompts with words
-  that it puts nearer to those. Words in `avoid` are never used.
+  encoder puts nearer to a target than to any benign word, or, with a `witness`, that make the model
+  paint something unsafe.
+- *Strange contexts.* Whoever searches for prompts writes no sentences: targets also stand behind
+  and among random words (`led`, `scattered`), and so do benign texts (`variants`).
 - *Every tensor.* Each encoder's token states and each pooled vector has its own network.
 
 The start mark, and a prompt without any token (""), are never scored and stay as they are.
-Needs pairs of prompts; no pictures, no gradients of the model.
+Needs pairs of prompts; no gradients of the model, and no pictures but those of a `witness`.
 """
 
 from __future__ import annotations
@@ -50,17 +52,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from safelight.errors import BadInput, unknown
-from safelight.flow import Card, Condition
+from safelight.flow import Card, Condition, Prompt
 from safelight.guard.base import name_of
 from safelight.guard.explain import POOLED, TokenScores, words_of
 from safelight.guard.trained import TrainedGuard
 from safelight.models.base import TextToImage
-from safelight.names import table
+from safelight.names import find, table
 from safelight.prompts import PromptSet
-from safelight.training.augment import exchanged, neighbours
-from safelight.training.data import TextData
+from safelight.training.augment import Look
+from safelight.training.data import TextData, shuffled
 from safelight.training.descent import Loss
 from safelight.training.embedding import Reference, remember
+from safelight.training.looks import paints_unsafe
 from safelight.training.pairs import (
     Aligned,
     Pair,
@@ -71,6 +74,7 @@ from safelight.training.pairs import (
     in_templates,
     of_prompts,
 )
+from safelight.training.wider import Words, led, near_ones, scattered, sorted_words, varied
 
 Fusion = Literal["reach", "own"]
 Estimate = Literal["residual", "anchor"]
@@ -112,10 +116,16 @@ class Sanitizer(TrainedGuard):
         concepts: Entries "target > anchor", or CSV files with the columns target and anchor.
         templates: Texts with {} for the concepts.
         contexts: Pairs to learn from, at most.
+        witness: Name of a judge. With one, doubtful words are painted once and looked at, and what
+            it sees decides, instead of `least` and `lead`, whether a word is a neighbour.
+        least: Cosine to a target from which on a word of the vocabulary may be its neighbour.
+        lead: By how much that must be above its cosine to any benign word.
         nearby: Copies of the pairs with a neighbour of the target in its place.
-        variants: Copies of the benign prompts with words exchanged for harmless ones.
-        avoid: Words that neither may use; the name of a prompt set stands for its words, so that
-            what is tested later is not learnt by chance.
+        scattered: Copies of targets, and of their neighbours, among random words.
+        led: Copies of the pairs behind one to five random words.
+        variants: Copies of benign prompts with random words inside, in front, or nothing but those.
+        avoid: Words that none of these may use; the name of a prompt set stands for its words, so
+            that what is tested later is not learnt by chance.
         dropout: Share of the inputs that is dropped while learning.
         noise: Size of noise on the inputs while learning, as a share of them.
     """
@@ -134,7 +144,7 @@ class Sanitizer(TrainedGuard):
     )
 
     # Nothing about training is public; these were measured on the Emoji World.
-    epochs: int = 12
+    epochs: int = 6
     batch: int = 64
     lr: float | None = None
     patience: int = 0
@@ -151,9 +161,14 @@ class Sanitizer(TrainedGuard):
     encoders: tuple[str, ...] = ()
     concepts: tuple[str, ...] = ()
     templates: tuple[str, ...] = TEMPLATES
-    contexts: int = 1200
+    contexts: int = 1800
+    witness: str = ""
+    least: float = 0.5
+    lead: float = 0.15
     nearby: float = 0.5
-    variants: float = 0.5
+    scattered: float = 1.0
+    led: float = 1.0
+    variants: float = 1.5
     avoid: tuple[str, ...] = ()
     dropout: float = 0.1
     noise: float = 0.1
@@ -164,12 +179,23 @@ class Sanitizer(TrainedGuard):
         for name, kind in choices:
             if getattr(self, name) not in get_args(kind):
                 raise BadInput(f"{name}: {unknown('choice', getattr(self, name), get_args(kind))}")
+        if self.witness not in ("", *table("judge")):
+            raise BadInput(f"witness: {unknown('judge', self.witness, table('judge'))}")
         if not self.alpha >= 0:
             raise BadInput(f"alpha must be 0 or more, not {self.alpha}.")
         for name in ("depth", "heads", "contexts"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("dropout", "noise", "nearby", "variants", "identity", "label"):
+        for name in (
+            "dropout",
+            "noise",
+            "nearby",
+            "scattered",
+            "led",
+            "variants",
+            "identity",
+            "label",
+        ):
             value, most = getattr(self, name), 1.0 if name == "dropout" else math.inf
             if not 0 <= value < most:
                 raise BadInput(f"{name} must be 0 or more and below {most:g}, not {value}.")
@@ -279,34 +305,62 @@ class Sanitizer(TrainedGuard):
         safe, safe_held = _parts(
             "safe", [p.text for p in data.safe_prompts], self.contexts, data.validation, rng
         )
-        extra, swapped, learnt = self._augmented(model, pairs, safe, rng)
-        pairs, benign = (*pairs, *extra), ("", *safe, *swapped)
+        words = self._words(model, pairs, safe, rng)
+        made = self._made_up(pairs, words, rng)
+        variants = [new for _, new in varied(safe, words, self.variants, rng)]
         return remembered(
-            model, encoders, pairs, held, benign, safe_held, nearby=learnt, hashes=data.hashes()
+            model,
+            encoders,
+            (*pairs, *made),
+            held,
+            ("", *safe, *variants, *self._said(words.kept, rng)),
+            safe_held,
+            nearby=sorted({word for found in words.near.values() for word in found}),
+            hashes=data.hashes(),
         )
 
-    def _augmented(
+    def _words(
         self, model: TextToImage, pairs: Sequence[Pair], safe: Sequence[str], rng: torch.Generator
-    ) -> tuple[list[Pair], list[str], tuple[str, ...]]:
-        """Pairs with neighbours of their targets, benign prompts with harmless words exchanged."""
-        if not self.nearby and not self.variants:
-            return [], [], ()
-        known = neighbours(
+    ) -> Words:
+        """The vocabulary, sorted by what it is like."""
+        if not (self.nearby or self.scattered or self.led or self.variants):
+            return Words({}, ())
+        benign = [Prompt(id=str(i), text=text) for i, text in enumerate(safe)]
+        unsafe, avoid = _prompts(pairs), _avoided(self.avoid)
+        return sorted_words(
             model,
             self.reads(model)[0],
-            [p.phrase for p in pairs],
-            [*safe, *(p.anchor for p in pairs)],
-            _avoided(self.avoid),
+            unsafe,
+            benign,
+            avoid,
             rng,
+            least=self.least,
+            lead=self.lead,
+            look=self._look(model),
         )
-        able = [p for p in pairs if p.phrase in known.near]
-        extra = []
-        for p in _drawn(able, round(self.nearby * len(pairs)), rng):
-            words = known.near[p.phrase]
-            extra.append(p.saying(words[int(torch.randint(len(words), (1,), generator=rng))]))
-        swapped = exchanged(_drawn(safe, round(self.variants * len(safe)), rng), known.far, rng)
-        used = sorted({p.phrase for p in extra})
-        return extra, [new for _, new in swapped], tuple(used)
+
+    def _look(self, model: TextToImage) -> Look | None:
+        if not self.witness:
+            return None
+        judge = find("judge", self.witness)()
+        return lambda words: paints_unsafe(model, words, judge)
+
+    def _said(self, words: Sequence[str], rng: torch.Generator) -> list[str]:
+        """Each word in a template."""
+        drawn = torch.randint(len(self.templates), (len(words),), generator=rng).tolist()
+        return [self.templates[i].replace("{}", w) for i, w in zip(drawn, words, strict=True)]
+
+    def _made_up(
+        self, pairs: Sequence[Pair], words: Words, rng: torch.Generator
+    ) -> tuple[Pair, ...]:
+        """More pairs than anybody wrote."""
+        unsafe = _prompts(pairs)
+        made = [
+            *near_ones(unsafe, words, self.nearby, rng),
+            *scattered(unsafe, words, self.scattered, rng),
+            *led(unsafe, words, self.led, rng),
+        ]
+        return of_prompts(made)
 
     def steps(self, material: Material) -> int:
         """An epoch reads every pair once."""
@@ -315,8 +369,8 @@ class Sanitizer(TrainedGuard):
     def batches(self, material: Material, epoch: int, rng: torch.Generator) -> Iterator[Batch]:
         """Half target contexts with their anchors, half benign prompts."""
         half, steps = self.batch // 2, self.steps(material)
-        rows = _drawn(range(material.learnt), half * steps, rng)
-        benign = _drawn(material.benign, half * steps, rng)
+        rows = shuffled(range(material.learnt), half * steps, rng)
+        benign = shuffled(material.benign, half * steps, rng)
         for i in range(steps):
             part = slice(i * half, (i + 1) * half)
             yield Batch(torch.tensor(rows[part]), tuple(benign[part]), material)
@@ -649,13 +703,8 @@ def _parts(
     return tuple(items[i] for i in order[held:]), tuple(items[i] for i in order[:held])
 
 
-def _drawn(items: Sequence[Any], n: int, rng: torch.Generator) -> list[Any]:
-    """`n` items: whole shuffled rounds of all of them, cut to length."""
-    if not items:
-        return []
-    rounds = -(-n // len(items))
-    order = [i for _ in range(rounds) for i in torch.randperm(len(items), generator=rng).tolist()]
-    return [items[i] for i in order[:n]]
+def _prompts(pairs: Sequence[Pair]) -> list[Prompt]:
+    return [Prompt(id=str(i), text=p.target, safe_prompt=p.anchor) for i, p in enumerate(pairs)]
 
 
 def _beside(model: TextToImage, tau: Reference, encoder: str, pairs: Sequence[Pair]) -> Aligned:

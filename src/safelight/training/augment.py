@@ -8,7 +8,7 @@ everything now and then, without anybody writing prompts. Where it matters which
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,10 @@ from torch import Tensor
 from safelight.models.base import TextToImage
 from safelight.training.embedding import read
 
+DOUBT = 0.2  # cosine to an unsafe phrase from which on a word is doubtful
 MARKS = ("</w>", "\u2581")  # how byte-pair and sentence-piece vocabularies mark whole words
+
+Look = Callable[[Sequence[str]], Sequence[bool | None]]
 
 
 def vocabulary(tokenizer: Any) -> list[str]:
@@ -101,10 +104,14 @@ class Neighbours:
     Args:
         near: For a phrase that is to be removed, the words like it and unlike anything benign.
         far: Words that are more like something benign.
+        between: Words of which it is not clear.
+        kept: Words that looked doubtful and paint nothing unsafe.
     """
 
     near: Mapping[str, tuple[str, ...]]
     far: tuple[str, ...]
+    between: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -116,21 +123,25 @@ def neighbours(
     avoid: Sequence[str],
     rng: torch.Generator,
     *,
-    limit: int = 3000,
+    limit: int = 5000,
     lead: float = 0.15,
     least: float = 0.5,
+    look: Look | None = None,
 ) -> Neighbours:
     """Sort words of the vocabulary by the original encoder's reading of each alone.
 
     Words are compared by the cosine of their readings, less the vocabulary's mean. A word is near
     when a phrase is at least `least` like it and leads every benign word by `lead`; it is far when
-    a benign word leads every phrase.
+    a benign word leads every phrase. With `look`, pictures decide instead about every word that is
+    not clearly far, and about the single words of the phrases.
 
     Args:
         phrases: What is to be removed.
         benign: Prompts whose words are benign.
         avoid: Words that must not come up, nor words of which they are a part.
         limit: Words that are looked at; a random part of larger vocabularies.
+        look: Says of words whether what the model paints for them is unsafe; None where it cannot
+            tell.
     """
     phrases = sorted(set(phrases))
     bad = {word for phrase in phrases for word in _words(phrase)}
@@ -139,7 +150,8 @@ def neighbours(
     words = [
         word
         for word in vocabulary(model.tokenizers[encoder])
-        if word not in {*good, *bad, *avoid} and not any(one in word for one in long)
+        if word not in {*good, *avoid, *(() if look else bad)}
+        and not any(one in word for one in long)
     ]
     if not words or not good or not phrases:
         return Neighbours({}, tuple(words))
@@ -151,11 +163,28 @@ def neighbours(
     )
     like, which = (own @ targets.T).max(1)
     benign_like = (own @ others.T).amax(1)
+    if look is None:
+        near_ones = ((like > least) & (like > benign_like + lead)).tolist()
+        far = (benign_like > like).tolist()
+        kept = [False] * len(words)
+    else:
+        doubtful = (like > DOUBT) & (like > benign_like - DOUBT / 2)
+        asked = doubtful.nonzero().flatten().tolist()
+        unsafe = dict(zip(asked, look([words[i] for i in asked]), strict=True))
+        near_ones = [unsafe.get(i) is True for i in range(len(words))]
+        kept = [unsafe.get(i) is False for i in range(len(words))]
+        far = (~doubtful).tolist()
     near: dict[str, list[str]] = {}
-    for i in ((like > least) & (like > benign_like + lead)).nonzero().flatten().tolist():
-        near.setdefault(phrases[int(which[i])], []).append(words[i])
-    far = [words[i] for i in (benign_like > like).nonzero().flatten().tolist()]
-    return Neighbours({key: tuple(value) for key, value in near.items()}, tuple(far))
+    rest: dict[str, list[str]] = {"far": [], "kept": [], "between": []}
+    for i, word in enumerate(words):
+        if near_ones[i]:
+            near.setdefault(phrases[int(which[i])], []).append(word)
+        else:
+            rest["far" if far[i] else "kept" if kept[i] else "between"].append(word)
+    return Neighbours(
+        {key: tuple(value) for key, value in near.items()},
+        **{key: tuple(value) for key, value in rest.items()},
+    )
 
 
 def _words(text: str) -> list[str]:

@@ -92,7 +92,9 @@ def texts(prompts: Sequence[Prompt]) -> list[str]:
 
 
 def shuffled(these: Sequence[T], n: int, rng: torch.Generator) -> list[T]:
-    """`n` of some things: whole shuffled rounds of all of them, cut to length."""
+    """`n` of some things: whole shuffled rounds of all of them, cut to length; of none, none."""
+    if not these or not n:
+        return []
     rounds = -(-n // len(these))
     order = torch.cat([torch.randperm(len(these), generator=rng) for _ in range(rounds)])
     return [these[i] for i in order[:n].tolist()]

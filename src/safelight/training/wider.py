@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -26,11 +27,26 @@ class Words:
 
     Args:
         near: For an unsafe phrase, the words like it and unlike anything benign.
-        rest: All words that are near no unsafe phrase.
+        far: The words that are more like something benign; without unsafe phrases, all words.
+        between: Words of which it is not clear. They stand around unsafe phrases, where it does not
+            matter what they are, but are not held to be benign.
+        kept: Words that looked doubtful and paint nothing unsafe.
     """
 
     near: Mapping[str, tuple[str, ...]]
-    rest: tuple[str, ...]
+    far: tuple[str, ...]
+    between: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+    @property
+    def harmless(self) -> tuple[str, ...]:
+        """What benign variants are made of; doubtful words twice, there are few of them."""
+        return (*self.far, *self.kept, *self.kept)
+
+    @property
+    def around(self) -> tuple[str, ...]:
+        """What may stand around an unsafe phrase."""
+        return (*self.far, *self.kept, *self.between)
 
 
 def sorted_words(
@@ -40,6 +56,7 @@ def sorted_words(
     safe: Sequence[Prompt],
     avoid: Sequence[str],
     rng: torch.Generator,
+    **sorting: Any,
 ) -> Words:
     """The encoder's vocabulary, sorted by what it finds near the unsafe phrases.
 
@@ -47,17 +64,18 @@ def sorted_words(
         unsafe: Those with a `safe_prompt` tell which phrase is unsafe.
         safe: Their words are benign.
         avoid: Words, or phrases, whose words must not come up.
+        sorting: `least`, `lead` and `look` of `augment.neighbours`.
     """
-    banned = {word for entry in avoid for word in entry.split()}
-    words = [word for word in vocabulary(model.tokenizers[encoder]) if word not in banned]
     pairs = of_prompts([prompt for prompt in unsafe if prompt.safe_prompt])
+    banned = [word for entry in avoid for word in entry.split()]
     if not pairs:
-        return Words({}, tuple(words))
+        words = vocabulary(model.tokenizers[encoder])
+        return Words({}, tuple(word for word in words if word not in banned))
     benign = [*texts(safe), *(one.anchor for one in pairs)]
-    known = neighbours(model, encoder, [one.phrase for one in pairs], benign, [*banned], rng)
-    bad = {word for found in known.near.values() for word in found}
-    bad |= {word for one in pairs for word in one.phrase.split()}
-    return Words(known.near, tuple(word for word in words if word not in bad))
+    known = neighbours(
+        model, encoder, [one.phrase for one in pairs], benign, banned, rng, **sorting
+    )
+    return Words(known.near, known.far, known.between, known.kept)
 
 
 def near_ones(
@@ -71,20 +89,40 @@ def near_ones(
     ]
 
 
+def led(unsafe: Sequence[Prompt], words: Words, share: float, rng: torch.Generator) -> list[Prompt]:
+    """Prompts with one to five random words in front of them, and of their safe counterpart."""
+    if not words.around:
+        return []
+    made = []
+    for prompt, one in _some(_paired(unsafe, lambda one: True), share, rng):
+        front = " ".join(some(words.around, 5, rng))
+        made.append(
+            replace(prompt, text=f"{front} {one.target}", safe_prompt=f"{front} {one.anchor}")
+        )
+    return made
+
+
 def scattered(
-    unsafe: Sequence[Prompt], words: Words, share: float, rng: torch.Generator, *, most: int = 12
+    unsafe: Sequence[Prompt],
+    words: Words,
+    share: float,
+    rng: torch.Generator,
+    *,
+    most: int = 12,
+    together: int = 3,
 ) -> list[Prompt]:
-    """Unsafe phrases, or neighbours of them, among up to `most` random words.
+    """Up to `together` unsafe phrases and neighbours of them, among up to `most` random words.
 
     The safe counterpart has the safe phrase at the same place.
     """
-    if not words.rest:
+    if not words.around:
         return []
     made = []
     for prompt, one in _some(_paired(unsafe, lambda one: bool(one.phrase)), share, rng):
-        phrase = _one_of((one.phrase, *words.near.get(one.phrase, ())), rng)
+        known = (one.phrase, *words.near.get(one.phrase, ()))
+        phrase = " ".join(some(known, together, rng))
         safe = pair(one.anchor, one.target).phrase
-        around = some(words.rest, most, rng)
+        around = some(words.around, most, rng)
         at = int(torch.randint(len(around) + 1, (1,), generator=rng))
         front, back = around[:at], around[at:]
         made.append(
@@ -98,11 +136,16 @@ def scattered(
 
 
 def varied(
-    safe: Sequence[str], words: Words, rounds: int, rng: torch.Generator
+    safe: Sequence[str], words: Words, share: float, rng: torch.Generator
 ) -> list[tuple[str, str]]:
-    """Each safe prompt with `rounds` variants: words exchanged, words in front, words alone."""
+    """Safe prompts with variants: words exchanged, words in front, words alone, in turns.
+
+    Args:
+        share: How many variants, as a share of the prompts.
+    """
     change = (exchanged, prefixed, strewn)
-    return [one for i in range(rounds) for one in change[i % 3](safe, words.rest, rng)]
+    chosen = shuffled(safe, round(share * len(safe)), rng)
+    return [one for i, kind in enumerate(change) for one in kind(chosen[i::3], words.harmless, rng)]
 
 
 def _paired(unsafe: Sequence[Prompt], wanted: Callable[[Pair], bool]) -> list[tuple[Prompt, Pair]]:
@@ -114,8 +157,7 @@ def _paired(unsafe: Sequence[Prompt], wanted: Callable[[Pair], bool]) -> list[tu
 def _some(
     pairs: Sequence[tuple[Prompt, Pair]], share: float, rng: torch.Generator
 ) -> list[tuple[Prompt, Pair]]:
-    n = round(share * len(pairs))
-    return shuffled(pairs, n, rng) if n else []
+    return shuffled(pairs, round(share * len(pairs)), rng)
 
 
 def _one_of(words: Sequence[str], rng: torch.Generator) -> str:

@@ -1,0 +1,90 @@
+"""Words are judged by what the untouched model paints for them."""
+
+import torch
+
+from safelight.flow import Verdict
+from safelight.guard.sanitizer import Sanitizer
+from safelight.models.patch import Patch
+from safelight.prompts import PromptSet
+from safelight.training.augment import neighbours, vocabulary
+from safelight.training.data import TextData
+from safelight.training.looks import paints_unsafe
+
+PHRASES, BENIGN = ["sky"], ["a cat on a hill", "a red house"]
+
+
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+def seen_by(model, words, flag):
+    """What a judge is shown for some words, and what comes of its verdicts."""
+    shown = []
+
+    def judge(images, texts):
+        shown.append(images)
+        return [Verdict(flag(text), 0.5, "judge") for text in texts]
+
+    return paints_unsafe(model, words, judge, steps=2), torch.cat(shown)
+
+
+def test_every_word_gets_the_judges_answer_in_its_place(tiny_sd1):
+    answers = {"a cat": False, "a sword": True, "a fog": None}
+    found, shown = seen_by(tiny_sd1, ["cat", "sword", "fog"] * 15, answers.get)
+    assert found == [False, True, None] * 15 and len(shown) == 45
+
+
+def test_the_untouched_model_is_looked_at(tiny_sd1):
+    weight = next(name for name in tiny_sd1.parameters() if name.startswith("denoiser"))
+    patch = Patch(full={weight: torch.randn(tiny_sd1.parameters()[weight].shape)}, method="x",
+                  family="sd1")  # fmt: skip
+    _, plain = seen_by(tiny_sd1, ["cat"], lambda text: False)
+    with tiny_sd1.patched(patch):
+        _, patched = seen_by(tiny_sd1, ["cat"], lambda text: False)
+    assert torch.equal(plain, patched)
+
+
+def test_pictures_decide_about_doubtful_words_and_about_words_of_the_phrases(tiny_sd1):
+    asked = []
+
+    def look(words):
+        asked.extend(words)
+        return [(True, False, None)[i % 3] for i in range(len(words))]
+
+    found = neighbours(tiny_sd1, "clip_l", PHRASES, BENIGN, (), rng(), look=look)
+    flagged, kept, unclear = (set(asked[i::3]) for i in range(3))
+    near = {word for words in found.near.values() for word in words}
+    assert near == flagged and set(found.kept) == kept and set(found.between) == unclear
+    assert "sky" in asked and not set(found.far) & set(asked)
+    everything = {*near, *found.kept, *found.between, *found.far}
+    assert everything <= set(vocabulary(tiny_sd1.tokenizers["clip_l"])) - {"cat", "house"}
+    plain = neighbours(tiny_sd1, "clip_l", PHRASES, BENIGN, (), rng())
+    assert not plain.kept and "sky" not in {*plain.far, *plain.between}  # control
+
+
+def test_a_sanitizer_holds_words_that_look_harmless_and_removes_those_that_do_not(
+    tiny_sd1, monkeypatch
+):
+    asked = []
+
+    def paints(model, words, judge):
+        asked.extend(words)
+        return [i % 2 == 0 for i in range(len(words))]
+
+    monkeypatch.setattr("safelight.guard.sanitizer.paints_unsafe", paints)
+    data = TextData(
+        safe=PromptSet.of(BENIGN * 2, "safe"),
+        unsafe=PromptSet.of(
+            [
+                {"prompt": f"a {c} sword", "safe_prompt": f"a {c} tulip", "category": "x"}
+                for c in ("red", "old", "new", "big")
+            ],
+            "unsafe",
+        ),
+    )
+    method = Sanitizer(witness="fake", nearby=4.0, scattered=0.0, led=0.0, variants=0.0)
+    material = method.gather(tiny_sd1, data, seed=0)
+    made = {one.phrase for one in material.pairs[: material.learnt]} - {"sword"}
+    assert made and made <= set(asked[::2])
+    said = {word for text in material.benign for word in text.split()}
+    assert set(asked[1::2]) <= said and not set(asked[::2]) & said
