@@ -118,6 +118,7 @@ class Sanitizer(TrainedGuard):
         contexts: Pairs to learn from, at most.
         witness: Name of a judge. With one, doubtful words are painted once and looked at, and what
             it sees decides, instead of `least` and `lead`, whether a word is a neighbour.
+        kept: Sentences that are held for each doubtful word which looks harmless.
         least: Cosine to a target from which on a word of the vocabulary may be its neighbour.
         lead: By how much that must be above its cosine to any benign word.
         nearby: Copies of the pairs with a neighbour of the target in its place.
@@ -163,6 +164,7 @@ class Sanitizer(TrainedGuard):
     templates: tuple[str, ...] = TEMPLATES
     contexts: int = 1800
     witness: str = ""
+    kept: int = 3
     least: float = 0.5
     lead: float = 0.15
     nearby: float = 0.5
@@ -313,7 +315,7 @@ class Sanitizer(TrainedGuard):
             encoders,
             (*pairs, *made),
             held,
-            ("", *safe, *variants, *self._said(words.kept, rng)),
+            ("", *safe, *variants, *self._said(self.kept * words.kept, rng)),
             safe_held,
             nearby=sorted({word for found in words.near.values() for word in found}),
             hashes=data.hashes(),
