@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict] = {
     "no dropout, no noise": {"dropout": 0.0, "noise": 0.0},
     "dropout 0.3": {"dropout": 0.3},
     "noise 0.3": {"noise": 0.3},
-    "label 1": {"label": 1.0},
+    "score 1": {"score": 1.0},
 }
 
 

@@ -14,7 +14,7 @@ and learns from pairs (u, a): the same context with a target and with an anchor 
     L_map   = mean |E_hat(u) - E(a)|^2                      over all positions, aligned
     L_id    = mean |E_hat(p) - E(p)|^2                      benign prompts and the anchors a
     L_score = BCE(s, y)                                     y = 1 at the target's tokens
-    min  L_map + identity * L_id + label * L_score
+    min  L_map + identity * L_id + score * L_score
 
 Source: Qiu et al., "Safe Text-to-Image Generation: Simply Sanitize the Prompt Embedding",
 arXiv:2411.10329. Only its abstract could be read: scores per token, alpha, a residual and training
@@ -111,7 +111,7 @@ class Sanitizer(TrainedGuard):
         estimate: What is learnt is a "residual", or the "anchor" that is interpolated to.
         supervise: Scores are taught the "target" tokens, the "shift" that a token needs, or "none".
         identity: Weight of leaving benign prompts and anchors alone.
-        label: Weight of teaching the scores.
+        score: Weight of teaching the scores.
         encoders: Sanitize only what these encoders say; () is all of them.
         concepts: Entries "target > anchor", or CSV files with the columns target and anchor.
         templates: Texts with {} for the concepts.
@@ -158,7 +158,7 @@ class Sanitizer(TrainedGuard):
     estimate: Estimate = "residual"
     supervise: Supervision = "target"
     identity: float = 1.0
-    label: float = 0.1
+    score: float = 0.1
     encoders: tuple[str, ...] = ()
     concepts: tuple[str, ...] = ()
     templates: tuple[str, ...] = TEMPLATES
@@ -196,7 +196,7 @@ class Sanitizer(TrainedGuard):
             "led",
             "variants",
             "identity",
-            "label",
+            "score",
         ):
             value, most = getattr(self, name), 1.0 if name == "dropout" else math.inf
             if not 0 <= value < most:
@@ -378,11 +378,11 @@ class Sanitizer(TrainedGuard):
             yield Batch(torch.tensor(rows[part]), tuple(benign[part]), material)
 
     def loss(self, model: TextToImage, batch: Batch, rng: torch.Generator) -> Loss:
-        """L_map + identity * L_id + label * L_score."""
+        """L_map + identity * L_id + score * L_score."""
         terms = self._terms(batch, rng)
         total = terms["L_map"] + self.identity * terms["L_id"]
         if self.supervise != "none":
-            total = total + self.label * terms["L_score"]
+            total = total + self.score * terms["L_score"]
         return Loss(total, {name: terms[name].item() for name in ("L_map", "L_id", "L_score")})
 
     def _terms(self, batch: Batch, rng: torch.Generator | None = None) -> dict[str, Tensor]:
