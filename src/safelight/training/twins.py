@@ -10,10 +10,11 @@ A folder of twins is made by `safelight synthesize pairs`:
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from safelight.errors import BadInput, NotFound
+from safelight.models.folder import replaced
 
 FORMAT = 1
 
@@ -134,6 +136,36 @@ class Twins:
             ) from None
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
+    def save(self, path: str | Path) -> None:
+        """Write a folder that `load` reads; pictures are copied under the hash of their file.
+
+        Raises:
+            BadInput: A picture is missing.
+            WorkFailed: The folder could not be written.
+        """
+        with replaced(Path(path).expanduser()) as fresh:
+            (fresh / "images").mkdir()
+            rows = [
+                replace(row, **{side: self._kept(row, side, fresh) for side in ("unsafe", "safe")})
+                for row in self.rows
+            ]
+            text = "".join(as_line(row) + "\n" for row in rows)
+            (fresh / "twins.jsonl").write_text(text, encoding="utf-8")
+
+    def _kept(self, row: Twin, side: str, folder: Path) -> str:
+        """A picture's file in another folder."""
+        name = getattr(row, side)
+        if name in self.pictures:
+            content, suffix = png(self.pictures[name]), ".png"
+        else:
+            source = (self.folder or Path()) / name
+            if not source.is_file():
+                raise BadInput(f"{self.name}: there is no {side} picture {name!r} of {row.id}.")
+            content, suffix = source.read_bytes(), source.suffix.lower()
+        kept = f"images/{hashlib.sha256(content).hexdigest()}{suffix}"
+        (folder / kept).write_bytes(content)
+        return kept
+
     @classmethod
     def load(cls, path: str | Path) -> Twins:
         """Read a folder that `safelight synthesize pairs` wrote.
@@ -147,7 +179,9 @@ class Twins:
         if not table.is_file():
             raise NotFound(f"no pairs of pictures at {path}; it needs a file twins.jsonl.")
         rows = []
-        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(table.read_text(encoding="utf-8").split("\n"), start=1):
+            if not line.strip():
+                continue
             try:
                 rows.append(Twin(**json.loads(line)))
             except (json.JSONDecodeError, TypeError) as error:
@@ -157,3 +191,16 @@ class Twins:
             what = f"the id {twice[0]!r} is there twice" if twice else "it is empty"
             raise BadInput(f"{table.name} of {folder.name}: {what}.")
         return cls(folder.name, tuple(rows), folder)
+
+
+def as_line(row: Twin) -> str:
+    """A pair as one line of `twins.jsonl`."""
+    return json.dumps(asdict(row), ensure_ascii=False, separators=(",", ":"))
+
+
+def png(image: Float[Tensor, "3 h w"]) -> bytes:
+    """A picture in [0, 1] as a PNG file."""
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG", compress_level=4)
+    return file.getvalue()
