@@ -64,3 +64,14 @@ def _tiny(family):
     from safelight.models.tiny import tiny
 
     return tiny(family)
+
+
+@pytest.fixture
+def endpoint():
+    """A chat model's endpoint on this machine."""
+    from endpoint import Endpoint
+
+    one = Endpoint()
+    yield one
+    one.server.shutdown()
+    one.server.server_close()

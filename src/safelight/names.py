@@ -13,7 +13,7 @@ from typing import Any
 
 from safelight.errors import NotFound, unknown
 
-KINDS = ("align", "guard", "attack", "judge", "metric", "prompts", "models")
+KINDS = ("align", "guard", "attack", "judge", "metric", "synthesize", "prompts", "models")
 
 
 def table(kind: str) -> Mapping[str, str]:

@@ -21,7 +21,11 @@ def run(*words):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["list"], ["show", "safetext"], ["list", "--json"], ["align", "--help"]]
+    "words",
+    [
+        *(["--help"], ["list"], ["show", "safetext"], ["list", "--json"], ["align", "--help"]),
+        *(["synthesize", "pairs", "--help"], ["show", "llm"]),
+    ],
 )
 def test_listings_import_nothing_heavy(words):
     code = (
@@ -55,7 +59,7 @@ def test_list_can_be_narrowed():
 
 
 def test_every_listed_method_says_what_it_does():
-    for kind in ("align", "guard", "judge", "models"):
+    for kind in ("align", "guard", "judge", "models", "synthesize"):
         assert all(one.summary for one in entries(kind)), kind
 
 

@@ -3,8 +3,6 @@
 import base64
 import io
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -18,47 +16,6 @@ from safelight.judge.policy import policy
 from safelight.judge.vlm import VLM, read
 
 POLICY = {"weapons": ("a knife", "a bomb"), "death": ("a skull",)}
-
-
-class Endpoint:
-    """An OpenAI-compatible server on this machine that answers what the test says."""
-
-    def __init__(self):
-        self.asked, self.answer, self.status, self.end = [], "", [200], "stop"
-        endpoint = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                endpoint.asked.append((self.path, dict(self.headers), body))
-                status = endpoint.status.pop(0) if len(endpoint.status) > 1 else endpoint.status[0]
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(endpoint.body())
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def body(self):
-        if isinstance(self.answer, bytes):
-            return self.answer
-        message = {"role": "assistant", "content": self.answer}
-        return json.dumps({"choices": [{"message": message, "finish_reason": self.end}]}).encode()
-
-
-@pytest.fixture
-def endpoint():
-    one = Endpoint()
-    yield one
-    one.server.shutdown()
-    one.server.server_close()
 
 
 @pytest.fixture

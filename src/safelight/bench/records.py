@@ -65,11 +65,21 @@ def read(folder: Path) -> list[Record]:
 
 def append(folder: Path, records: Iterable[Record]) -> None:
     """Add records durably: they are on the disk when this returns."""
-    lines = "".join(to_line(record) + "\n" for record in records).encode("utf-8")
-    with (folder / RECORDS).open("ab") as file:
+    append_lines(folder / RECORDS, map(to_line, records))
+
+
+def heal(folder: Path) -> None:
+    """Cut off a last line that was never finished."""
+    heal_lines(folder / RECORDS)
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Add lines to a file durably: they are on the disk when this returns."""
+    content = "".join(line + "\n" for line in lines).encode("utf-8")
+    with path.open("ab") as file:
         end = file.tell()
         try:
-            file.write(lines)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         except OSError:  # a full disk took half a line: the next append must not follow it
@@ -77,9 +87,8 @@ def append(folder: Path, records: Iterable[Record]) -> None:
             raise
 
 
-def heal(folder: Path) -> None:
-    """Cut off a last line that was never finished."""
-    path = folder / RECORDS
+def heal_lines(path: Path) -> None:
+    """Cut off a file's last line if it was never finished."""
     if not path.exists():
         return
     with path.open("r+b") as file:

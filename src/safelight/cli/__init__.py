@@ -23,6 +23,7 @@ from safelight.cli import (
     list_,
     report,
     show,
+    synthesize,
 )
 from safelight.cli.console import polite
 
@@ -51,6 +52,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 for name, command in COMMANDS.items():
     app.command(name)(polite(command))
 app.add_typer(judge.app, name="judge")
+app.add_typer(synthesize.app, name="synthesize")
 
 
 @app.callback(invoke_without_command=True)

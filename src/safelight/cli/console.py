@@ -139,6 +139,20 @@ def training_bar(title: str) -> Iterator[Callable[[Tick], None]]:
         yield watch
 
 
+@contextmanager
+def counting_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each thing that is counted, told as (what, done, total)."""
+    with _bar() as bar:
+        tasks: dict[str, Any] = {}
+
+        def watch(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield watch
+
+
 def _bar(*columns: str) -> Progress:
     from rich.progress import (
         BarColumn,

@@ -17,6 +17,7 @@ KINDS = {
     "attacks": "attack",
     "judges": "judge",
     "metrics": "metric",
+    "writers": "synthesize",
     "prompts": "prompts",
 }
 

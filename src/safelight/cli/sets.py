@@ -26,6 +26,11 @@ def words(values: Sequence[str]) -> list[str]:
 
 def unsafe(values: Sequence[str]) -> list[PromptSet]:
     """The prompt sets of `--unsafe`: categories, "all", names of sets, or files."""
+    return [PromptSet.load(name) for name in unsafe_names(values)]
+
+
+def unsafe_names(values: Sequence[str]) -> list[str]:
+    """The names of sets and files that `--unsafe` means, each once."""
     found = []
     for word in words(values):
         if word == "all":
@@ -38,7 +43,7 @@ def unsafe(values: Sequence[str]) -> list[PromptSet]:
             raise NotFound(unknown("unsafe category", word, [*categories(), "all"]))
     if not found:
         raise BadInput(f"--unsafe is empty; choose from {', '.join(categories())} or a file.")
-    return [PromptSet.load(name) for name in dict.fromkeys(found)]
+    return list(dict.fromkeys(found))
 
 
 def safe(values: Sequence[str], unsafe: Sequence[PromptSet]) -> list[PromptSet]:

@@ -65,6 +65,7 @@ from safelight.training.descent import Loss
 from safelight.training.embedding import Reference, remember
 from safelight.training.looks import paints_unsafe
 from safelight.training.pairs import (
+    TEMPLATES,
     Aligned,
     Pair,
     aligned,
@@ -80,22 +81,6 @@ Fusion = Literal["reach", "own"]
 Estimate = Literal["residual", "anchor"]
 Supervision = Literal["target", "shift", "none"]
 SMALL = 512  # encoders narrower than this are toys: wider steps, narrower networks
-TEMPLATES = (
-    "{}",
-    "a photo of {}",
-    "a painting of {}",
-    "a drawing of {} on white paper",
-    "a detailed picture of {} in a room",
-    "{} on a table",
-    "{} at night, high quality",
-    "{} next to a tree",
-    "a dog and {}",
-    "a person holding {}",
-    "show me {} in the evening sun",
-    "please make a big {} under a blue sky",
-    "a poster with {} and a car",
-    "the {} in front of a house, very detailed",
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,7 +117,7 @@ class PromptSet:
         known = table("prompts")
         if name in known:
             parts = [_rows(Path(str(files("safelight") / one))) for one in known[name].split()]
-            return cls.of(_in_turns(parts), name, source=name)
+            return cls.of(in_turns(parts), name, source=name)
         path = Path(name).expanduser()
         if path.suffix.lower() in _FORMATS:
             return cls.of(_rows(path), path.stem, source=path.name)
@@ -129,7 +129,7 @@ class PromptSet:
         raise NotFound(f"{unknown('prompts', name, known)} A file needs to end in .csv or .jsonl.")
 
 
-def _in_turns(parts: Sequence[Iterable[Any]]) -> Iterator[Any]:
+def in_turns(parts: Iterable[Iterable[Any]]) -> Iterator[Any]:
     """The first of each part, then the second of each, and so on."""
     for round_ in zip_longest(*parts):
         yield from (row for row in round_ if row is not None)

@@ -27,6 +27,22 @@ from safelight.models.base import TextToImage
 BETWEEN = ">"  # "target > anchor"
 MARKS = ",.;:!?"
 ARTICLES = ("a", "an")  # "an axe" against "a tulip": grammar, not harm
+TEMPLATES = (
+    "{}",
+    "a photo of {}",
+    "a painting of {}",
+    "a drawing of {} on white paper",
+    "a detailed picture of {} in a room",
+    "{} on a table",
+    "{} at night, high quality",
+    "{} next to a tree",
+    "a dog and {}",
+    "a person holding {}",
+    "show me {} in the evening sun",
+    "please make a big {} under a blue sky",
+    "a poster with {} and a car",
+    "the {} in front of a house, very detailed",
+)
 
 
 @dataclass(frozen=True)
