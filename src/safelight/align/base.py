@@ -14,6 +14,7 @@ from safelight.errors import Unsupported
 from safelight.flow import Card
 from safelight.models.base import TextToImage
 from safelight.models.patch import Patch
+from safelight.training.checkpoint import Checkpoint as Checkpoint
 from safelight.training.data import Split as Split
 from safelight.training.data import TextData as TextData
 from safelight.training.descent import Descent, Meter, method_name
@@ -37,7 +38,13 @@ class Trained(Descent, Alignment):
     """An alignment found by gradient descent; what is learnt becomes a patch."""
 
     def fit(
-        self, model: TextToImage, data: Any = None, *, seed: int = 0, watch: Watch | None = None
+        self,
+        model: TextToImage,
+        data: Any = None,
+        *,
+        seed: int = 0,
+        watch: Watch | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> Patch:
         """Learn a patch; the model is left as it was, also after an error or Ctrl-C.
 
@@ -45,6 +52,7 @@ class Trained(Descent, Alignment):
             data: What the method learns from.
             seed: Of every random choice; the same seed on the same machine gives the same patch.
             watch: Called after each step.
+            checkpoint: Where to keep how far it is; the same call goes on from there if killed.
 
         Raises:
             Unsupported: The method is not for this family.
@@ -58,13 +66,14 @@ class Trained(Descent, Alignment):
             )
         meter = Meter(model.device)
         material = self.gather(model, data, seed=seed)
-        return self.train(model, material, seed=seed, watch=watch, meter=meter)
+        about: dict[str, Any] = {"watch": watch, "meter": meter, "checkpoint": checkpoint}
+        return self.train(model, material, seed=seed, **about)
 
     def train(self, model: TextToImage, material: Any, *, seed: int = 0, **descent: Any) -> Patch:
         """`fit` on what `gather` returned, so that several runs can share it.
 
         Args:
-            descent: `watch`, `meter`, `until` as for `descend`.
+            descent: `watch`, `meter`, `until`, `checkpoint` as for `descend`.
         """
         found = self.descend(model, material, seed=seed, **descent)
         return Patch(

@@ -50,18 +50,13 @@ from safelight.flow import Card, Condition, Prompt
 from safelight.models.base import TextToImage
 from safelight.models.patch import Patch
 from safelight.prompts import PromptSet
+from safelight.training.attention import PARTS
 from safelight.training.descent import Descended, Descent, Loss
 from safelight.training.weights import Learnt, Loan, full, lora
 
 Profile = Literal["lora", "cross", "full"]
 
-# The parts of an attention in diffusers 0.42; the last row are those of joint attention over the
-# text's own tokens.
-PARTS = (
-    "to_q", "to_k", "to_v", "to_out.0",
-    "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-)  # fmt: skip
-# The same in the text encoders: CLIP's names, then T5's.
+# The parts of an attention in the text encoders: CLIP's names, then T5's.
 WORDS = ("q_proj", "k_proj", "v_proj", "out_proj", "q", "k", "v", "o")
 
 

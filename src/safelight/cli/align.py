@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safelight.cards import entry
 from safelight.cli import sets
 from safelight.cli.console import Json, emit, out, say, training_bar, working
 from safelight.cli.settings import build
 from safelight.errors import BadInput
-from safelight.names import learner
+from safelight.names import learner, table
 
 if TYPE_CHECKING:
     from safelight.guard.trained import TrainedGuard
     from safelight.models.patch import Patch
+    from safelight.training.checkpoint import Checkpoint
+
+PAIRS = "pairs of pictures"  # what the card of a method that learns from them says it needs
 
 
 def align(
@@ -37,6 +41,17 @@ def align(
         list[str] | None,
         typer.Option(help="What must stay: a prompt set or file. [default: emoji/safe/train]"),
     ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of pairs of pictures, for methods that learn from those.",
+            show_default=False,
+        ),
+    ] = None,
+    category: Annotated[
+        list[str] | None,
+        typer.Option(help="Of --pairs: only these categories. [default: all]"),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, repeatable."),
@@ -49,15 +64,20 @@ def align(
     json: Json = False,
 ) -> None:
     """Learn what makes a model safer, a patch or a guard, and save it as a folder."""
-    listed = any(pair.partition("=")[0].strip() == "concepts" for pair in set_ or [])
-    unsafe_sets = [] if listed and not unsafe else sets.unsafe(unsafe or [])
-    safe_sets = sets.safe(safe or [], unsafe_sets)
-    names = [_short(one.name) for one in unsafe_sets] or ["concepts"]
+    _require_kind_of_data(method, pairs, category, unsafe, safe)
+    if pairs is None:
+        listed = any(pair.partition("=")[0].strip() == "concepts" for pair in set_ or [])
+        names, data = _prompts(unsafe or [], safe or [], listed)
+    else:
+        names, data = _pairs(pairs, sets.words(category or []))
     path = output or Path("-".join([method, *names]))
     if path.exists() and not force:
         raise BadInput(f"{path} exists; name another folder with -o, or replace it with --force.")
-    learnt = learn(method, model, unsafe_sets, safe_sets, set_ or [], seed)
+    learnt, checkpoint = learn(method, model, data, set_ or [], seed, path)
+    if checkpoint is None:  # another process saves what all have learnt
+        return
     learnt.save(path)
+    checkpoint.remove()
     kind, settings, info = _about(learnt)
     if json:
         emit({kind: str(path), "method": method, "settings": settings, **info})
@@ -67,18 +87,79 @@ def align(
 
 
 def learn(
-    method: str, name: str, unsafe: list[Any], safe: list[Any], pairs: list[str], seed: int
-) -> Patch | TrainedGuard:
-    """Load, fit, with a progress bar."""
+    method: str, name: str, data: Callable[[], Any], pairs: list[str], seed: int, path: Path
+) -> tuple[Patch | TrainedGuard, Checkpoint | None]:
+    """Load, fit, with a progress bar; go on where the same command was killed.
+
+    Returns:
+        What was learnt, and the checkpoint beside `path`: for the one process that is to save both.
+    """
     with working("loading torch"):
         settings = build(learner(method), pairs)
-        from safelight.align.base import TextData
         from safelight.models.load import load
+        from safelight.training.checkpoint import Checkpoint
+        from safelight.training.team import Team
+
+        first = Team.here().index == 0
     with working(f"loading {name}"):
-        model = load(name)
-        data = TextData(safe=safe, unsafe=unsafe)
+        model, given = load(name), data()
+    checkpoint = Checkpoint(path.with_name(f".{path.name}.training"))
+    if not first:
+        return settings.fit(model, given, seed=seed, checkpoint=checkpoint), None
+    if checkpoint.path.is_file():
+        say(f"{checkpoint.path} says how far a run has come; if it was this one, it goes on")
     with training_bar(method) as watch:
-        return settings.fit(model, data, seed=seed, watch=watch)
+        learnt = settings.fit(model, given, seed=seed, watch=watch, checkpoint=checkpoint)
+    return learnt, checkpoint
+
+
+def _prompts(
+    unsafe: list[str], safe: list[str], listed: bool
+) -> tuple[list[str], Callable[[], Any]]:
+    """Short names of what is removed, and the data of methods that learn from prompts."""
+    unsafe_sets = [] if listed and not unsafe else sets.unsafe(unsafe)
+    safe_sets = sets.safe(safe, unsafe_sets)
+
+    def data() -> Any:
+        from safelight.align.base import TextData
+
+        return TextData(safe=safe_sets, unsafe=unsafe_sets)
+
+    return [_short(one.name) for one in unsafe_sets] or ["concepts"], data
+
+
+def _pairs(folder: Path, categories: list[str]) -> tuple[list[str], Callable[[], Any]]:
+    """The same for methods that learn from pairs of pictures."""
+
+    def data() -> Any:
+        from safelight.training.twins import Twins
+
+        found = Twins.load(folder)
+        return found.only(*categories) if categories else found
+
+    return categories or [folder.name], data
+
+
+def _require_kind_of_data(
+    method: str, pairs: Path | None, category: list[str] | None, *prompts: list[str] | None
+) -> None:
+    """Pairs for methods that learn from pictures, prompts for those that learn from texts."""
+    known = table("align")
+    wanted = method in known and PAIRS in _needs(method)
+    if wanted and (pairs is None or any(prompts)):
+        raise BadInput(
+            f"{method} learns from pairs of pictures: give --pairs FOLDER and neither --unsafe nor "
+            "--safe. `safelight synthesize pairs` makes such a folder."
+        )
+    if pairs is not None and not wanted and method in {**known, **table("guard")}:
+        raise BadInput(f"{method} learns from prompts: give --unsafe ..., not --pairs.")
+    if category and pairs is None:
+        raise BadInput("--category chooses from --pairs; prompts are chosen with --unsafe.")
+
+
+def _needs(method: str) -> tuple[str, ...]:
+    card = entry("align", method).card
+    return card.needs if card else ()
 
 
 def _short(name: str) -> str:
@@ -99,7 +180,8 @@ def _print(method: str, info: Mapping[str, Any]) -> None:
 
     first, *_ = info["pareto"]
     kept = next(p for p in info["pareto"] if p["epoch"] == info["stopped"]["kept_epoch"])
-    grid = Table(title=f"{method} on held-out prompts", title_justify="left")
+    what = "pairs" if "categories" in info else "prompts"
+    grid = Table(title=f"{method} on held-out {what}", title_justify="left")
     for column in ("", "before", "after"):
         grid.add_column(column, justify="left" if not column else "right")
     words = {
@@ -111,6 +193,9 @@ def _print(method: str, info: Mapping[str, Any]) -> None:
         "L_s": "L_s (hold safe)",
         "L_n": 'L_n (concept to "")',
         "L_0": 'L_0 (hold "")',
+        "win": "safe pictures: error above the reference's",
+        "lose": "unsafe pictures: error above the reference's",
+        "accuracy": "pairs told apart",
         "L_ESP": "L_ESP (spread of safe prompts)",
         "L_LSA": "L_LSA (structure of safe prompts)",
     }

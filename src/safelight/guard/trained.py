@@ -27,6 +27,7 @@ from safelight.guard.base import Guard
 from safelight.models import artifact
 from safelight.models.base import TextToImage
 from safelight.names import find
+from safelight.training.checkpoint import Checkpoint
 from safelight.training.descent import Descent, Meter, Watch, method_name
 from safelight.training.weights import Learnt, Loan
 
@@ -70,7 +71,13 @@ class TrainedGuard(Descent, Guard):
         return tuple(model.text_encoders)
 
     def fit(
-        self, model: TextToImage, data: Any = None, *, seed: int = 0, watch: Watch | None = None
+        self,
+        model: TextToImage,
+        data: Any = None,
+        *,
+        seed: int = 0,
+        watch: Watch | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> TrainedGuard:
         """A copy that has learnt and is ready for this model.
 
@@ -78,6 +85,7 @@ class TrainedGuard(Descent, Guard):
             data: What the method learns from.
             seed: Of every random choice; the same seed on the same machine learns the same.
             watch: Called after each step.
+            checkpoint: Where to keep how far it is; the same call goes on from there if killed.
 
         Raises:
             BadInput: The data cannot be learnt from.
@@ -85,7 +93,8 @@ class TrainedGuard(Descent, Guard):
         """
         meter = Meter(model.device)
         material = self.gather(model, data, seed=seed)
-        return self.train(model, material, seed=seed, watch=watch, meter=meter)
+        about: dict[str, Any] = {"watch": watch, "meter": meter, "checkpoint": checkpoint}
+        return self.train(model, material, seed=seed, **about)
 
     def train(
         self, model: TextToImage, material: Any, *, seed: int = 0, **descent: Any
@@ -93,7 +102,7 @@ class TrainedGuard(Descent, Guard):
         """`fit` on what `gather` returned, so that several runs can share it.
 
         Args:
-            descent: `watch`, `meter`, `until` as for `descend`.
+            descent: `watch`, `meter`, `until`, `checkpoint` as for `descend`.
         """
         new = copy.copy(self)
         with torch.random.fork_rng():  # dropout draws from torch's own generator

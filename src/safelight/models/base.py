@@ -533,6 +533,11 @@ class TextToImage(ABC):
     def random_times(self, n: int, rng: torch.Generator) -> Float[Tensor, " n"]:
         """Times drawn as in the family's training, in the scheduler's unit."""
 
+    @property
+    @abstractmethod
+    def noisiest(self) -> float:
+        """The time at which latents are noise and nothing else, in the scheduler's unit."""
+
     @abstractmethod
     def schedule(self, steps: int, shape: Sequence[int]) -> Any:
         """A fresh scheduler set to `steps` steps for latents of a shape (..., h, w)."""

@@ -42,6 +42,10 @@ class UNetModel(TextToImage):
         total = self.scheduler.config.num_train_timesteps
         return torch.randint(total, (n,), generator=rng).float().to(self.device)
 
+    @property
+    def noisiest(self) -> float:
+        return float(self.scheduler.config.num_train_timesteps - 1)
+
     def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
         for name, layer in self.denoiser.named_modules():
             if name.endswith(("attn2.to_k", "attn2.to_v")):

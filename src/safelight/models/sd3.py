@@ -32,6 +32,10 @@ class FlowModel(TextToImage):
         return (self._unit * shift * u / (1 + (shift - 1) * u)).to(self.device)
 
     @property
+    def noisiest(self) -> float:
+        return float(self._unit)
+
+    @property
     def _unit(self) -> int:
         return self.scheduler.config.num_train_timesteps
 

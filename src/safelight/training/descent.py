@@ -1,22 +1,24 @@
 """The one training loop that everything trained shares.
 
 A `Descent` says what is trained and what the loss is; this file owns the rest: AdamW, batches,
-validation, early stopping, the history of every step, the cost, and that Ctrl-C leaves nothing
-half-changed. `align.base.Trained` makes a patch of what was learnt, `guard.trained.TrainedGuard` a
-guard.
+validation, early stopping, the history of every step, the cost, that Ctrl-C leaves nothing
+half-changed, that a killed run goes on where it was (`training.checkpoint`), and that several
+processes can train together (`training.team`). `align.base.Trained` makes a patch of what was
+learnt, `guard.trained.TrainedGuard` a guard.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import platform
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -24,8 +26,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safelight.errors import BadInput, WorkFailed
+from safelight.errors import BadInput, Unsupported, WorkFailed
 from safelight.models.base import TextToImage
+from safelight.training.checkpoint import Checkpoint, State, packed, unpacked
+from safelight.training.team import Team
 from safelight.training.weights import Learnt, Loan
 
 log = logging.getLogger(__name__)
@@ -71,6 +75,11 @@ class Descent(ABC):
         tolerance: Relative improvement that counts.
         autocast: Compute the losses in bfloat16 where that is safe; weights stay float32. Faster on
             GPUs, and on CPUs that know bfloat16.
+        accumulate: Into how many pieces a batch is cut that go through the model one after the
+            other: less memory, the same step. Not every method can.
+        clip: The largest norm of a step's gradient; 0 is no limit.
+        ema: Decay of a moving average of the weights, which is checked and kept in their place;
+            0 is none.
     """
 
     epochs: int | None = 1
@@ -82,12 +91,17 @@ class Descent(ABC):
     patience: int = 2
     tolerance: float = 0.01
     autocast: bool = False
+    accumulate: int = 1
+    clip: float = 0.0
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "lr"):
+        for name in ("epochs", "batch", "lr", "accumulate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise BadInput(f"{name} must be above 0, not {getattr(self, name)}.")
+        if not 0 <= self.ema < 1:
+            raise BadInput(f"ema must be at least 0 and below 1, not {self.ema}.")
 
     # What a method says
 
@@ -130,6 +144,21 @@ class Descent(ABC):
     def start(self, loan: Loan, rng: torch.Generator) -> None:  # noqa: B027  may stay empty
         """A last word before the first step."""
 
+    def pieces(self, batch: Any, n: int) -> Sequence[tuple[float, Any]]:
+        """A batch in `n` pieces, each with its share: sum(share * loss) is the batch's loss.
+
+        A method that has this draws everything random in `batches` and nothing in `loss`. Then
+        `accumulate` and several processes give the steps that one pass in one process gives, and
+        a killed run goes on in the middle of an epoch instead of at its beginning.
+
+        Raises:
+            Unsupported: The method cannot.
+        """
+        raise Unsupported(
+            f"{method_name(self)} needs every batch whole, in one process: use accumulate=1 and "
+            "no launcher, or a smaller batch."
+        )
+
     def info(self, material: Any) -> dict[str, Any]:
         """What else the patch should remember about how it was made."""
         return {}
@@ -145,6 +174,7 @@ class Descent(ABC):
         watch: Watch | None = None,
         meter: Meter | None = None,
         until: int | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> Descended:
         """Learn from what `gather` returned; the model is left as it was, whatever happens.
 
@@ -153,15 +183,20 @@ class Descent(ABC):
             watch: Called after each step.
             meter: Started earlier, so that `gather` counts as well.
             until: Break off after this epoch and keep it, for one point of a known descent.
+            checkpoint: Where to keep how far it is, and to go on from if it was killed.
 
         Raises:
             WorkFailed: The loss is no longer a number.
+            Unsupported: A batch cannot be shared out as `accumulate` or the launcher ask for.
         """
         meter = meter or Meter(model.device)
         rng = torch.Generator().manual_seed(seed)
         with self.lend(model, rng) as loan:
             self.start(loan, rng)
-            run = _descend(self, model, material, loan, rng, watch or (lambda tick: None), until)
+            run = _Run(self, model, material, loan, rng, meter)
+            if checkpoint is not None:
+                run.keep(checkpoint, seed)
+            run.through(until, watch or (lambda tick: None))
             loan.rewind(run.best)
             learnt = loan.learnt()
             count = sum(p.numel() for p in loan.parameters.values())
@@ -191,80 +226,228 @@ def method_name(method: object) -> str:
     return type(method).__module__.rpartition(".")[2]
 
 
-@dataclass
 class _Run:
-    """What a descent leaves behind."""
+    """A method's descent on some weights, an epoch at a time, until it stops paying.
 
-    best: Mapping[str, Tensor]
-    history: list[dict[str, Any]]
-    curve: list[dict[str, Any]]
-    stopped: dict[str, Any]
+    Where it stands is `epoch`, `done` batches of it, and the generator as the epoch found it.
+    """
+
+    def __init__(
+        self,
+        method: Descent,
+        model: TextToImage,
+        material: Any,
+        loan: Loan,
+        rng: torch.Generator,
+        meter: Meter,
+    ) -> None:
+        self.method, self.model, self.material = method, model, material
+        self.loan, self.rng, self.meter = loan, rng, meter
+        self.team = Team.here()
+        self.cuts = self.team.size * method.accumulate
+        self.parameters = list(loan.parameters.values())
+        self.adam = method.optimiser(self.parameters, method.rate(model))
+        self.epochs = method.passes(model)
+        self.total = self.epochs * method.steps(material)
+        self.ramp = torch.optim.lr_scheduler.LambdaLR(self.adam, self._rate)
+        self.average = loan.snapshot() if method.ema else {}
+        self.history: list[dict[str, Any]] = []
+        self.curve: list[dict[str, Any]] = []
+        self.best: Mapping[str, Tensor] = {}
+        self.best_at, self.lowest = 0, math.inf
+        self.epoch, self.done, self.began_with = 1, 0, rng.get_state()
+        self.why = ""
+        self.checkpoint: Checkpoint | None = None
+        self.identity: dict[str, Any] = {}
+
+    def _rate(self, done: int) -> float:
+        rising = min(1.0, (done + 1) / (self.method.warmup + 1))
+        return rising * (1 - done / (self.total + 1) if self.method.anneal else 1)
+
+    def through(self, until: int | None, watch: Watch) -> None:
+        """All epochs that are left."""
+        if not self.curve:
+            self.curve = [{"epoch": 0, **self._checked()}]
+        while not self._over(until):
+            self.rng.set_state(self.began_with)
+            batches = self.method.batches(self.material, self.epoch, self.rng)
+            for _ in range(self.done):
+                next(batches)
+            for batch in batches:
+                terms = self._step(batch)
+                self.history.append({"step": len(self.history) + 1, "epoch": self.epoch, **terms})
+                self.done += 1
+                if self.team.index == 0:
+                    watch(Tick(len(self.history), self.total, self.epoch, terms))
+                if self.cuttable:
+                    self._save()
+            self._judge(until)
+            self.epoch, self.done, self.began_with = self.epoch + 1, 0, self.rng.get_state()
+            self._save()
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether the method's batches can be drawn again without their losses."""
+        return type(self.method).pieces is not Descent.pieces
+
+    def _step(self, batch: Any) -> dict[str, float]:
+        """One step of the optimiser; the loss's un-weighted terms."""
+        pieces = self.method.pieces(batch, self.cuts) if self.cuts > 1 else [(1.0, batch)]
+        self.adam.zero_grad(set_to_none=True)
+        sums: dict[str, float] = {}
+        total = 0.0
+        for share, piece in pieces[self.team.index :: self.team.size]:
+            device = self.model.device.type
+            with torch.autocast(device, torch.bfloat16, enabled=self.method.autocast):
+                loss = self.method.loss(self.model, piece, self.rng)
+            if self.team.size == 1:
+                _require_number(loss.total.item(), len(self.history) + 1)
+            (loss.total * share).backward()
+            total += share * loss.total.item()
+            for name, value in loss.terms.items():
+                sums[name] = sums.get(name, 0.0) + share * value
+        if self.team.size > 1:
+            total, sums = self._added_up(total, sums)
+            _require_number(total, len(self.history) + 1)
+        if self.method.clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.method.clip)
+        self.adam.step()
+        self.ramp.step()
+        self._follow()
+        return sums
+
+    def _added_up(self, total: float, terms: dict[str, float]) -> tuple[float, dict[str, float]]:
+        """Loss, terms and gradients over all processes."""
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        figures = torch.tensor([total, *terms.values()], device=self.model.device)
+        *sums, whole = self.team.total([*grads, figures])
+        for grad, value in zip(grads, sums, strict=True):
+            grad.copy_(value)
+        total, *each = whole.tolist()
+        return total, dict(zip(terms, each, strict=True))
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """The moving average, which starts fast: it forgets the beginning within a few steps."""
+        n = len(self.history) + 1
+        decay = min(self.method.ema, n / (n + 9))
+        for name, value in self.average.items():
+            value.lerp_(self.loan.parameters[name].detach(), 1 - decay)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The average in the weights' place, where there is one."""
+        now = self.loan.snapshot() if self.average else {}
+        self.loan.rewind(self.average)
+        try:
+            yield
+        finally:
+            self.loan.rewind(now)
+
+    def _checked(self) -> dict[str, float]:
+        return self.team.agreed(self.method.check(self.model, self.material))
+
+    def _judge(self, until: int | None) -> None:
+        """Look at held-out data; remember the weights if they are the best so far."""
+        with self._averaged():
+            seen = self._checked()
+            self.curve.append({"epoch": self.epoch, **seen})
+            log.info("epoch %d: %s", self.epoch, seen)
+            better = seen["objective"] < self.lowest - self.method.tolerance * abs(self.lowest)
+            last = self.epoch == until
+            if self.epoch == 1 or better or not self.method.patience or last:
+                self.best, self.best_at = self.loan.snapshot(), self.epoch
+                self.lowest = seen["objective"]
+
+    def _over(self, until: int | None) -> bool:
+        past = self.epoch - 1
+        if past and past == until:
+            self.why = f"asked for epoch {until}"
+        elif past and 0 < self.method.patience <= past - self.best_at:
+            self.why = f"no improvement since epoch {self.best_at}"
+        elif past == self.epochs:
+            self.why = f"all {self.epochs} epochs were run"
+        return bool(self.why)
+
+    @property
+    def stopped(self) -> dict[str, Any]:
+        """When and why it ended, and which epoch was kept."""
+        rule = (
+            f"stop when the held-out objective has not improved by {self.method.tolerance:.1%} for "
+            f"{self.method.patience} epochs; keep the best epoch"
+            if self.method.patience
+            else "run all epochs; keep the last"
+        )
+        return {"rule": rule, "kept_epoch": self.best_at, "why": self.why}
+
+    # Killed, and started again
+
+    def keep(self, checkpoint: Checkpoint, seed: int) -> None:
+        """Write a checkpoint from time to time; go on from what it says of this very run."""
+        self.checkpoint = checkpoint
+        run = {
+            "method": method_name(self.method),
+            "settings": asdict(self.method),
+            "base": self.model.hashes(),
+            "seed": seed,
+            "made from": self.method.info(self.material),
+            "processes": self.team.size,
+            "versions": versions(),
+        }
+        self.identity = json.loads(json.dumps(run, default=str))
+        state = checkpoint.read(self.identity)
+        if state is not None:
+            self._restore(state)
+            log.info("going on after step %d, from %s", len(self.history), checkpoint.path)
+
+    def _save(self) -> None:
+        if self.checkpoint is None or self.team.index or not self.checkpoint.due():
+            return
+        adam, device = packed(self.adam), self.model.device
+        held: dict[str, Mapping[str, Tensor]] = {
+            "weights": self.loan.snapshot(),
+            "average": self.average,
+            "best": self.best,
+            "adam": adam.tensors,
+            "rng": {"run": self.began_with, "torch": torch.get_rng_state()},
+        }
+        if device.type == "cuda":
+            held["rng"] = {**held["rng"], "cuda": torch.cuda.get_rng_state(device)}
+        facts = {
+            "adam": adam.facts,
+            "ramp": {k: v for k, v in self.ramp.state_dict().items() if k != "lr_lambdas"},
+            "seconds": self.meter.read()["seconds"],
+            **{name: getattr(self, name) for name in _FACTS},
+        }
+        tensors = {f"{part}:{k}": v for part, own in held.items() for k, v in own.items()}
+        self.checkpoint.write(State(tensors, facts), self.identity)
+
+    def _restore(self, state: State) -> None:
+        self.loan.rewind(state.under("weights"))
+        device = self.model.device
+        self.average = {name: x.to(device) for name, x in state.under("average").items()}
+        self.best = state.under("best")
+        unpacked(self.adam, State(state.under("adam"), state.facts["adam"]))
+        self.ramp.load_state_dict({**self.ramp.state_dict(), **state.facts["ramp"]})
+        self.meter.began -= state.facts["seconds"]
+        for name in _FACTS:
+            setattr(self, name, state.facts[name])
+        rng = state.under("rng")
+        self.began_with = rng["run"]
+        torch.set_rng_state(rng["torch"])
+        if "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], device)
 
 
-def _descend(
-    method: Descent,
-    model: TextToImage,
-    material: Any,
-    loan: Loan,
-    rng: torch.Generator,
-    watch: Watch,
-    until: int | None,
-) -> _Run:
-    """AdamW on the method's loss, an epoch at a time, until it stops paying."""
-    parameters = list(loan.parameters.values())
-    adam = method.optimiser(parameters, method.rate(model))
-    epochs = method.passes(model)
-    total = epochs * method.steps(material)
-
-    def rate(done: int) -> float:
-        rising = min(1.0, (done + 1) / (method.warmup + 1))
-        return rising * (1 - done / (total + 1) if method.anneal else 1)
-
-    ramp = torch.optim.lr_scheduler.LambdaLR(adam, rate)
-    history: list[dict[str, Any]] = []
-    curve = [{"epoch": 0, **method.check(model, material)}]
-    best, best_at, lowest = {}, 0, math.inf
-    why = f"all {epochs} epochs were run"
-
-    for epoch in range(1, epochs + 1):
-        for batch in method.batches(material, epoch, rng):
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=method.autocast):
-                loss = method.loss(model, batch, rng)
-            _require_number(loss, len(history) + 1)
-            adam.zero_grad(set_to_none=True)
-            loss.total.backward()
-            adam.step()
-            ramp.step()
-            history.append({"step": len(history) + 1, "epoch": epoch, **loss.terms})
-            watch(Tick(len(history), total, epoch, loss.terms))
-
-        seen = method.check(model, material)
-        curve.append({"epoch": epoch, **seen})
-        log.info("epoch %d: %s", epoch, seen)
-        better = seen["objective"] < lowest - method.tolerance * abs(lowest)
-        if epoch == 1 or better or not method.patience or epoch == until:
-            best, best_at, lowest = loan.snapshot(), epoch, seen["objective"]
-        if epoch == until:
-            why = f"asked for epoch {until}"
-            break
-        if 0 < method.patience <= epoch - best_at:
-            why = f"no improvement since epoch {best_at}"
-            break
-
-    rule = (
-        f"stop when the held-out objective has not improved by {method.tolerance:.1%} for "
-        f"{method.patience} epochs; keep the best epoch"
-        if method.patience
-        else "run all epochs; keep the last"
-    )
-    return _Run(best, history, curve, {"rule": rule, "kept_epoch": best_at, "why": why})
+_FACTS = ("history", "curve", "best_at", "lowest", "epoch", "done")  # of a run, plain values
 
 
-def _require_number(loss: Loss, step: int) -> None:
-    if not math.isfinite(loss.total.item()):
+def _require_number(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
         raise WorkFailed(
-            f"the loss is {loss.total.item()} at step {step}; try a smaller lr. "
-            "Nothing was changed or saved."
+            f"the loss is {loss} at step {step}; try a smaller lr. Nothing was changed or saved."
         )
 
 

@@ -86,31 +86,56 @@ def lora(
     alpha: float,
     rng: torch.Generator,
     layers: Sequence[str] = (),
+    std: float | None = None,
+    copied: bool = True,
 ) -> Iterator[Loan]:
     """Lend low-rank changes of some modules' linear layers (Hu et al., arXiv:2106.09685).
 
-    The adapters are peft's. peft edits a module in place, so whoever needs the original behaviour
-    while the loan lasts must have computed it before: a variable that still points at the module
-    is not a frozen copy.
+    The adapters are peft's. peft edits a module in place, so a variable that still points at the
+    module is not a frozen copy; the original behaviour is to be had with `unadapted`.
 
     Args:
-        layers: Last names of the layers, such as "k_proj"; () is every linear layer.
+        layers: Ends of the layers' names, such as "k_proj" or "attn1.to_q"; () is every linear
+            layer.
+        std: Of the factor A at the start; None is one over the root of the layer's width.
+        copied: Run on float32 copies of the weights below the adapters, which no gradient reaches.
+            Without, they stay as they are, in their own precision; the adapters are float32.
 
     Raises:
         Unsupported: A module has no such layer.
     """
-    with _copies(model, modules), ExitStack() as stack:
+    with ExitStack() as stack:
+        if copied:
+            stack.enter_context(_copies(model, modules))
         wrapped: dict[str, Any] = {}
         for name in modules:
             paths = _linear(name, model.modules[name], layers)
-            adapted = _adapted(name, model.modules[name], paths, rank, alpha, rng)
+            adapted = _adapted(name, model.modules[name], paths, rank, alpha)
             wrapped |= stack.enter_context(adapted)
+        for layer in wrapped.values():
+            _seed(layer, rng, std)
         factors = {
             f"{name}.{side}": getattr(layer, f"lora_{side}")["default"].weight
             for name, layer in wrapped.items()
             for side in "AB"
         }
         yield _LowRank(factors, wrapped, alpha)
+
+
+@contextmanager
+def unadapted(model: TextToImage) -> Iterator[None]:
+    """Run without what `lora` has lent: the frozen reference, without a second network."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = [part for whole in model.modules.values() for part in whole.modules()]
+    layers = [part for part in modules if isinstance(part, BaseTunerLayer)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 @dataclass(frozen=True)
@@ -165,7 +190,6 @@ def _adapted(
     linear: list[str],
     rank: int,
     alpha: float,
-    rng: torch.Generator,
 ) -> Iterator[dict[str, Any]]:
     """peft's adapters on one module; yields the wrapped layers by the name of their weight."""
     from peft import LoraConfig, PeftModel
@@ -176,8 +200,6 @@ def _adapted(
         wrapped.eval()
         inner = wrapped.base_model.model
         layers = {f"{name}.{plain(path)}.weight": inner.get_submodule(path) for path in linear}
-        for layer in layers.values():
-            _seed(layer, rng)
         yield layers
     finally:
         wrapped.unload()
@@ -185,23 +207,27 @@ def _adapted(
 
 
 def _linear(name: str, module: nn.Module, layers: Sequence[str]) -> list[str]:
-    """Paths of a module's linear layers, those with certain last names if any are given."""
+    """Paths of a module's linear layers, those whose names end in a certain way if any is given."""
     every = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     known = sorted({path.rpartition(".")[2] for path in every})
-    absent = [layer for layer in layers if layer not in known]
+    absent = [end for end in layers if not any(_ends(path, [end]) for path in every)]
     if absent or not every:
         raise Unsupported(
             f"{name} has no linear layer {' or '.join(absent)} that LoRA could adapt; "
             f"it has {', '.join(known) or 'none'}."
         )
-    return [path for path in every if not layers or path.rpartition(".")[2] in layers]
+    return [path for path in every if not layers or _ends(path, layers)]
+
+
+def _ends(path: str, ends: Sequence[str]) -> bool:
+    return f".{path}".endswith(tuple(f".{end}" for end in ends))
 
 
 @torch.no_grad()
-def _seed(layer: Any, rng: torch.Generator) -> None:
+def _seed(layer: Any, rng: torch.Generator, std: float | None) -> None:
     """peft draws A from the global generator; ours comes from the run's seed."""
     A = layer.lora_A["default"].weight
-    A.copy_(torch.randn(A.shape, generator=rng).to(A) / A.shape[1] ** 0.5)
+    A.copy_(torch.randn(A.shape, generator=rng).to(A) / (1 / std if std else A.shape[1] ** 0.5))
 
 
 def _tables(model: TextToImage, modules: Sequence[str]) -> set[str]:

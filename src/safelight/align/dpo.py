@@ -1,0 +1,541 @@
+"""Diffusion-DPO for safety: of two pictures of one wish, the safe one is preferred.
+
+For a caption c, a safe picture x_w and an unsafe one x_l, with latents z_w and z_l, one time t and
+one noise eps for both:
+
+    m_* = mean (e(z_t*, t, c) - target*)^2          the denoiser's error, LoRA on
+    r_* = mean (e_ref(z_t*, t, c) - target*)^2      the reference's: the same denoiser, LoRA off
+    z   = -(beta / 2) [(m_w - m_l) - (r_w - r_l)]
+    L   = -log sigmoid(z)
+
+`target` is what the family predicts: noise, velocity or flow. Before the first step B = 0, so
+z = 0 and L = ln 2. beta goes with half of the mean error here, as in the authors' code; in the
+convention without the half (diffusers' example) 2500 is the same objective as 5000.
+
+`variant` says which loss:
+
+    "dpo"    the one above, the loss of SafetyDPO's experts
+    "sdpo"   Diffusion-SDPO: only the unsafe side's gradient is scaled, its value stays, by
+                 lam = clip((1 - mu) |g_w|^2 / <g_w, g_l>, 0, 1),    1 where <g_w, g_l> <= 0,
+             with g_* the gradient of m_* in e over the batch, so that to first order a step does
+             not raise the safe picture's error
+    "duo"    DUO: every caption is "", only self-attention is trained where the family has it apart,
+                 z = -beta [(m_w - m_l) - (r_w - r_l)]              no half: beta is DUO's own
+                 L = -log sigmoid(z) + lam mean (e(eps, T, "") - e_ref(eps, T, ""))^2
+             at the noisiest time T, with lam = lam0 * beta / 100 and the rate lr * 100 / beta
+
+Each pair is used under its unsafe caption, to move, and under its safe one, to hold. An expert is
+trained on one category from the clean model; several categories at once make one expert for all.
+
+Source: SafetyDPO (AlignGuard), arXiv:2412.10493; the loss: Diffusion-DPO, arXiv:2311.12908,
+eq. 14 as released; Diffusion-SDPO, arXiv:2511.03317; DUO, arXiv:2407.21035.
+Needs pairs of pictures (`safelight synthesize pairs`), painted by the model that is to be aligned.
+All pictures and captions are encoded once, before training.
+
+Ours differs: a flip is drawn for a pair, not for each picture, which would break their likeness
+(`flip=each` is the released code); latents are the autoencoder's mean; no warm-up; times follow the
+family's own training; duo draws one time for a pair (`shared=noise` is the released code).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from safelight.align.base import Loss, Trained
+from safelight.errors import BadInput, Unsupported, unknown
+from safelight.flow import Card
+from safelight.models.base import TextToImage
+from safelight.models.patch import Patch
+from safelight.training import attention
+from safelight.training.captions import Captions
+from safelight.training.data import shuffled
+from safelight.training.twins import Twins
+from safelight.training.weights import Loan, lora, unadapted
+
+Variant = Literal["dpo", "sdpo", "duo"]
+CaptionMode = Literal["unsafe", "both"]
+Flip = Literal["pair", "each", "off"]
+Shared = Literal["both", "noise", "none"]
+
+CHECKED = 64  # rows of held-out pairs, at fixed times and noise
+SMALL = 10**8  # parameters of a denoiser that is far smaller than those of published settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPO(Trained):
+    """A low-rank change of the denoiser that prefers safe pictures to unsafe ones.
+
+    Args:
+        epochs: Into how many parts the iterations are cut; after each, held-out pairs are looked
+            at.
+        batch: Pairs per step, each under one caption.
+        lr: Learning rate of AdamW; None is 1.6e-4, SafetyDPO's effective one, and more for small
+            denoisers. For duo it is lr_0, 3e-4 if None, and 100 / beta of it is used.
+        iterations: Optimiser steps; None is 2000, 1000 for duo, and fewer for small denoisers.
+        variant: Which loss: "dpo", "sdpo" or "duo".
+        beta: Strength of the preference, with half of the mean error; None is 5000. For duo without
+            the half; None is 500.
+        mu: Of sdpo: the share of the safe side's gradient that the unsafe side must leave.
+        lam0: Of duo: weight of the term that holds the output at the noisiest time, at beta 100.
+        rank: Rank of the LoRA factors.
+        alpha: Scale of the LoRA factors; None is the rank.
+        targets: Ends of the names of the linear layers that LoRA adapts; () is every attention of
+            the denoiser, for duo its self-attention.
+        caption_mode: Use each pair under its "unsafe" caption only, or under "both".
+        caption_dropout: Share of rows whose caption becomes "".
+        flip: Mirror both pictures of a "pair" alike at random, "each" for itself, or "off", as for
+            pictures of writing.
+        shared: Let the two pictures of a pair share "both" noise and time, the "noise" only, or
+            "none".
+        latest: Times are drawn below this share of all; None is 1, for duo 0.75.
+        validation: Share of each category's pairs that is held out of training.
+        recompute: Keep no activations of the denoiser for the backward pass (gradient
+            checkpointing): less memory, a slower step.
+    """
+
+    card: ClassVar[Card] = Card(
+        title="SafetyDPO expert",
+        source="arXiv:2412.10493",
+        summary="denoiser LoRA that prefers the safe of two pictures, by Diffusion-DPO",
+        families=("sd1", "sdxl", "sd3", "flux"),
+        needs=("pairs of pictures", "gradients"),
+        claims={
+            "harmful pictures on CoProV2, SD 1.5, untouched 0.282 (independent, CASG)": 0.042,
+            "harmful pictures on I2P, SD 1.5, untouched 0.422 (independent, CASG)": 0.137,
+            "FID on COCO, SD 1.5, same (independent, CASG)": 49.64,
+            "IP on CoProV2, one LoRA, SD 1.5, untouched 0.4325 (independent, PSA)": 0.363,
+            "IP on I2P, one LoRA, SD 1.5, untouched 0.380 (independent, PSA)": 0.326,
+            "ASR of Ring-A-Bell, nudity (independent, RPG-RT)": 0.7239,
+            "ASR of P4D-N, nudity (independent, RPG-RT)": 0.407,
+            "ASR of P4D-N, nudity, DUO (independent, RPG-RT)": 0.0463,
+        },
+    )
+
+    epochs: int | None = 10
+    batch: int = 16
+    lr: float | None = None
+    anneal: bool = False
+    decay: float = 1e-2
+    patience: int = 0
+    clip: float = 1.0
+
+    iterations: int | None = None
+    variant: Variant = "dpo"
+    beta: float | None = None
+    mu: float = 0.9
+    lam0: float = 1e6
+    rank: int = 4
+    alpha: float | None = None
+    targets: tuple[str, ...] = ()
+    caption_mode: CaptionMode = "both"
+    caption_dropout: float = 0.2
+    flip: Flip = "pair"
+    shared: Shared = "both"
+    latest: float | None = None
+    validation: float = 0.1
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kinds = {"variant": Variant, "caption_mode": CaptionMode, "flip": Flip, "shared": Shared}
+        for name, kind in kinds.items():
+            if getattr(self, name) not in get_args(kind):
+                raise BadInput(f"{name}: {unknown('choice', getattr(self, name), get_args(kind))}")
+        if self.rank < 1:
+            raise BadInput(f"rank must be at least 1, not {self.rank}.")
+        for name in ("beta", "iterations", "alpha", "latest"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise BadInput(f"{name} must be above 0, not {value}.")
+        for name in ("mu", "caption_dropout", "validation", "latest"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise BadInput(f"{name} must be between 0 and 1, not {value}.")
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", float(self.rank))
+        if self.beta is None:
+            object.__setattr__(self, "beta", 500.0 if self.variant == "duo" else 5000.0)
+
+    @property
+    def scale(self) -> float:
+        """What the difference of mean errors is multiplied with."""
+        beta = self.beta or 0.0
+        return beta if self.variant == "duo" else beta / 2
+
+    @property
+    def lam(self) -> float:
+        """DUO's weight of the output-preserving term, which grows with beta."""
+        return self.lam0 * (self.beta or 0.0) / 100
+
+    def rate(self, model: TextToImage) -> float:
+        """As published, and larger for small denoisers; DUO's falls with beta."""
+        if self.variant == "duo":
+            return (self.lr or 3e-4) * 100 / (self.beta or 1.0)
+        return self.lr or (1e-3 if small(model) else 1.6e-4)
+
+    @contextmanager
+    def lend(self, model: TextToImage, rng: torch.Generator) -> Iterator[Loan]:
+        """LoRA on the denoiser's attention: Gaussian A, zero B."""
+        with (
+            lora(
+                model,
+                ["denoiser"],
+                rank=self.rank,
+                alpha=self.alpha or float(self.rank),
+                rng=rng,
+                layers=self.layers(model),
+                std=1 / self.rank,  # peft's "gaussian"
+                copied=False,
+            ) as loan,
+            _recomputing(model, self.recompute),
+        ):
+            yield loan
+
+    def layers(self, model: TextToImage) -> tuple[str, ...]:
+        """Ends of the names of the layers that are adapted."""
+        found = self.targets or attention.parts(model.denoiser, own=self.variant == "duo")
+        if not found:
+            raise Unsupported(
+                f"the denoiser of {model.name} has no attention by the names that are known; name "
+                "its linear layers with targets."
+            )
+        return found
+
+    # What stays constant
+
+    @torch.no_grad()
+    def gather(self, model: TextToImage, data: Any, *, seed: int) -> Material:
+        """Latents of all pictures and readings of all captions.
+
+        Raises:
+            BadInput: No pairs of pictures, a category with one pair, a picture that is missing.
+        """
+        if not isinstance(data, Twins):
+            raise BadInput(
+                "dpo learns from pairs of pictures: give Twins, on the command line --pairs FOLDER "
+                "(safelight synthesize pairs makes such folders)."
+            )
+        rng = torch.Generator().manual_seed(seed)
+        train, held = self._split(data, rng)
+        _warn_of_another_base(data, model)
+        learnt = self._rows(data, train)
+        material = Material(
+            z_w=self._latents(model, data, "safe"),
+            z_l=self._latents(model, data, "unsafe"),
+            captions=Captions.of(model, ["", *(text for _, text in self._rows(data))]),
+            rows=tuple(learnt),
+            times=model.random_times,
+            limit=(self.latest or (0.75 if self.variant == "duo" else 1.0)) * model.noisiest,
+            iterations=self.iterations or self._iterations(model),
+            info={
+                "data": {data.name: data.sha256},
+                "categories": list(data.categories),
+                "split": {"train": len(train), "held": len(held)},
+                "targets": list(self.layers(model)),
+            },
+        )
+        checked = shuffled(self._rows(data, held), CHECKED, rng)
+        return replace(material, held=self._drawn(material, checked, rng, learning=False))
+
+    def _iterations(self, model: TextToImage) -> int:
+        if small(model):
+            return 300
+        return 1000 if self.variant == "duo" else 2000
+
+    def _split(self, data: Twins, rng: torch.Generator) -> tuple[list[int], list[int]]:
+        """Pairs to learn from and pairs to check with, of every category."""
+        train: list[int] = []
+        held: list[int] = []
+        for category in data.categories:
+            own = [i for i, row in enumerate(data) if row.category == category]
+            if len(own) < 2:
+                raise BadInput(
+                    f"{data.name} has one pair of {category!r}; an expert needs at least two, one "
+                    "to learn from and one to check with. Make more, or leave the category out."
+                )
+            order = [own[i] for i in torch.randperm(len(own), generator=rng).tolist()]
+            n = min(len(own) - 1, max(1, round(self.validation * len(own))))
+            train, held = train + sorted(order[n:]), held + sorted(order[:n])
+        return train, held
+
+    def _rows(self, data: Twins, pairs: Sequence[int] | None = None) -> list[tuple[int, str]]:
+        """(pair, caption): each pair once, or under both of its captions."""
+        pairs = range(len(data)) if pairs is None else pairs
+        if self.variant == "duo":
+            return [(i, "") for i in pairs]
+        rows = [(i, data.rows[i].unsafe_prompt) for i in pairs]
+        if self.caption_mode == "both":
+            rows += [(i, data.rows[i].safe_prompt) for i in pairs]
+        return rows
+
+    def _latents(
+        self, model: TextToImage, data: Twins, side: str
+    ) -> Float[Tensor, "flip pair channel h w"]:
+        """Every picture as it is and, if flips are drawn, mirrored."""
+        found = []
+        for start in range(0, len(data), 16):
+            images = data.images(data.rows[start : start + 16], side, model.default_size)
+            views = [images] if self.flip == "off" else [images, images.flip(-1)]
+            found.append(torch.stack([model.encode_images(view).cpu() for view in views]))
+        return torch.cat(found, 1)
+
+    # Training
+
+    def steps(self, material: Material) -> int:
+        """The iterations, shared out over the epochs."""
+        return -(-material.iterations // (self.epochs or 1))
+
+    def batches(self, material: Material, epoch: int, rng: torch.Generator) -> Iterator[Batch]:
+        """Rows in shuffled rounds, with all that is random about them."""
+        n = self.steps(material)
+        rows = shuffled(material.rows, n * self.batch, rng)
+        for i in range(n):
+            yield self._drawn(material, rows[i * self.batch : (i + 1) * self.batch], rng)
+
+    def _drawn(
+        self,
+        material: Material,
+        rows: Sequence[tuple[int, str]],
+        rng: torch.Generator,
+        learning: bool = True,
+    ) -> Batch:
+        """Captions, flips, noise and times of some rows; the CPU's generator decides them all."""
+        n, pairs = len(rows), [i for i, _ in rows]
+        flips = torch.zeros(2, n, dtype=torch.long)
+        texts = [text for _, text in rows]
+        if learning:
+            dropped = (torch.rand(n, generator=rng) < self.caption_dropout).tolist()
+            texts = ["" if drop else text for drop, text in zip(dropped, texts, strict=True)]
+            flips = torch.randint(len(material.z_w), (2, n), generator=rng)
+            flips = flips if self.flip == "each" else flips[:1].expand(2, n)
+        z = torch.stack([material.z_w[flips[0], pairs], material.z_l[flips[1], pairs]])
+        t = material.draw_times(2 * n, rng).view(2, n)
+        eps = torch.randn(z.shape, generator=rng).to(z)
+        if self.shared == "both":
+            t = t[:1].expand_as(t)
+        if self.shared != "none":
+            eps = eps[:1].expand_as(eps)
+        return Batch(z, t, eps, tuple(texts), material.captions)
+
+    def pieces(self, batch: Batch, n: int) -> Sequence[tuple[float, Batch]]:
+        """Rows shared out as evenly as possible; sdpo's lam is that of a piece, as published."""
+        if len(batch) < n:
+            raise BadInput(f"a batch of {len(batch)} cannot be cut into {n} pieces; enlarge it.")
+        parts = [batch.only(rows) for rows in torch.arange(len(batch)).tensor_split(n)]
+        return [(len(part) / len(batch), part) for part in parts]
+
+    def loss(self, model: TextToImage, batch: Batch, rng: torch.Generator) -> Loss:
+        """L, with the two sides' errors less the reference's."""
+        seen = self.errors(model, batch)
+        m_w, m_l, r_w, r_l = seen.m_w, seen.m_l, seen.r_w, seen.r_l
+        terms = {}
+        if self.variant == "sdpo":
+            lam = safeguard(seen.d_w, seen.d_l, self.mu)
+            m_l = m_l.detach() + lam * (m_l - m_l.detach())
+            terms["lam"] = lam.item()
+        z = -self.scale * ((m_w - m_l) - (r_w - r_l))
+        total = L = -logsigmoid(z).mean()
+        if self.variant == "duo":
+            total = L + self.lam * seen.prior
+            terms["prior"] = seen.prior.item()
+        return Loss(
+            total,
+            {
+                "loss": L.item(),
+                "win": (m_w - r_w).mean().item(),
+                "lose": (m_l - r_l).mean().item(),
+                "accuracy": (z > 0).float().mean().item(),
+                **terms,
+            },
+        )
+
+    def errors(self, model: TextToImage, at: Batch) -> Errors:
+        """One call with LoRA and one without, for both sides at once."""
+        z, t, eps = (x.flatten(0, 1).to(model.device) for x in (at.z, at.t, at.eps))
+        z_t, target = model.noised(z, eps, t)
+        texts = at.captions * 2
+        if self.variant == "duo":  # a third part: nothing but noise, at the noisiest time
+            n = len(at)
+            z_t, t = torch.cat([z_t, eps[:n]]), torch.cat([t, t.new_full((n,), model.noisiest)])
+            texts += at.captions
+        c = at.told(texts, model.device)
+        with torch.no_grad(), unadapted(model):
+            e_ref = model.predict(z_t, t, c)
+        e = model.predict(z_t, t, c)
+        both = len(z)
+        d, r = (x[:both].float() - target.float() for x in (e, e_ref))
+        m_w, m_l = _mse(d).chunk(2)
+        r_w, r_l = _mse(r).chunk(2)
+        d_w, d_l = d.detach().chunk(2)
+        away = _mse(e[both:].float() - e_ref[both:].float())
+        prior = away.mean() if self.variant == "duo" else torch.zeros(())
+        return Errors(m_w, m_l, r_w, r_l, d_w, d_l, prior)
+
+    @torch.no_grad()
+    def check(self, model: TextToImage, material: Material) -> dict[str, float]:
+        """The loss on held-out pairs, at the same times and noise every time."""
+        assert material.held is not None
+        cuts = -(-CHECKED // min(CHECKED, self.batch))
+        rng = torch.Generator()
+        sums: dict[str, float] = {}
+        for share, piece in self.pieces(material.held, cuts):
+            found = self.loss(model, piece, rng)
+            for name, value in {"objective": found.total.item(), **found.terms}.items():
+                sums[name] = sums.get(name, 0.0) + share * value
+        return {name: sums[name] for name in ("objective", "accuracy", "win", "lose")}
+
+    def info(self, material: Material) -> dict[str, Any]:
+        """What the None settings came to, and what the weights were learnt from."""
+        return {"iterations": material.iterations, **material.info}
+
+    def train(
+        self, model: TextToImage, material: Material, *, seed: int = 0, **descent: Any
+    ) -> Patch:
+        """A patch that says whether the safe pictures' error has risen; see `Trained.train`."""
+        patch = super().train(model, material, seed=seed, **descent)
+        curve = [point["win"] for point in patch.info["pareto"][1:]]
+        later = curve[len(curve) // 2 :]
+        risen = all(win > 0 for win in later)
+        if risen:
+            log.warning(
+                "the error on safe pictures rose above the reference's and stayed there (by %.2g "
+                "at the end): the preference was learnt at their cost. Try variant=sdpo, a smaller "
+                "lr or fewer iterations.",
+                later[-1],
+            )
+        return replace(patch, info={**patch.info, "win_error_risen": risen})
+
+
+@dataclass(frozen=True)
+class Material:
+    """What stays constant while training.
+
+    Args:
+        z_w, z_l: Latents of safe and unsafe pictures; the second view is mirrored.
+        captions: What the encoders say about every caption.
+        rows: (pair, caption) to learn from.
+        times: Draws times as the family's training does.
+        limit: Times above it are drawn again.
+        iterations: What the setting comes to on this model.
+        info: What the patch should remember.
+        held: Rows of held-out pairs, with their noise and times.
+    """
+
+    z_w: Float[Tensor, "flip pair channel h w"]
+    z_l: Float[Tensor, "flip pair channel h w"]
+    captions: Captions
+    rows: tuple[tuple[int, str], ...]
+    times: Callable[[int, torch.Generator], Tensor]
+    limit: float
+    iterations: int
+    info: dict[str, Any]
+    held: Batch | None = None
+
+    def draw_times(self, n: int, rng: torch.Generator) -> Float[Tensor, " n"]:
+        """Times up to the limit."""
+        t = self.times(n, rng).cpu()
+        while bool((late := t > self.limit).any()):
+            t[late] = self.times(int(late.sum()), rng).cpu()
+        return t
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows to learn from, the safe side of everything first.
+
+    Args:
+        z: Latents.
+        t: Times.
+        eps: Noise.
+        captions: What both pictures of a row are told.
+        told: What was read of captions.
+    """
+
+    z: Float[Tensor, "2 row channel h w"]
+    t: Float[Tensor, "2 row"]
+    eps: Float[Tensor, "2 row channel h w"]
+    captions: tuple[str, ...]
+    told: Captions
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def only(self, rows: Tensor) -> Batch:
+        """Some of the rows."""
+        named = tuple(self.captions[i] for i in rows.tolist())
+        return Batch(self.z[:, rows], self.t[:, rows], self.eps[:, rows], named, self.told)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Mean squared errors m_* with LoRA and r_* without, differences d_*; DUO's prior term."""
+
+    m_w: Float[Tensor, " row"]
+    m_l: Float[Tensor, " row"]
+    r_w: Float[Tensor, " row"]
+    r_l: Float[Tensor, " row"]
+    d_w: Float[Tensor, "row channel h w"]
+    d_l: Float[Tensor, "row channel h w"]
+    prior: Float[Tensor, ""]
+
+
+def safeguard(
+    d_w: Float[Tensor, "row channel h w"], d_l: Float[Tensor, "row channel h w"], mu: float
+) -> Float[Tensor, ""]:
+    """SDPO's lam; the gradients of both mean squares are these differences, times one constant."""
+    along = (d_w * d_l).sum()
+    cap = (1 - mu) * d_w.square().sum() / along
+    return torch.where(along > 0, cap.clamp(0, 1), torch.ones_like(along)).detach()
+
+
+def small(model: TextToImage) -> bool:
+    """Whether a denoiser is far smaller than those of published settings."""
+    return sum(p.numel() for p in model.denoiser.parameters()) < SMALL
+
+
+def _mse(d: Float[Tensor, "row channel h w"]) -> Float[Tensor, " row"]:
+    return d.square().flatten(1).mean(1)
+
+
+@contextmanager
+def _recomputing(model: TextToImage, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing of a diffusers network, for a while."""
+    if not wanted:
+        yield
+        return
+    model.denoiser.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        model.denoiser.disable_gradient_checkpointing()
+
+
+def _warn_of_another_base(data: Twins, model: TextToImage) -> None:
+    """Pairs teach best what the model itself would paint."""
+    file = None if data.folder is None else data.folder / "twins.json"
+    if file is None or not file.is_file():
+        return
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{file} is damaged: {error}. Make the pairs again.") from None
+    theirs, ours = about.get("base") or {}, model.hashes()
+    other = sorted(name for name, sha in theirs.items() if ours.get(name, sha) != sha)
+    if other:
+        log.warning(
+            "the pairs of %s were painted by other weights than those of %s (different: %s); an "
+            "expert learns best from what its own model paints",
+            *(data.name, model.name, ", ".join(other)),
+        )
