@@ -21,6 +21,7 @@ from safelight.cli import (
     generate,
     judge,
     list_,
+    merge,
     report,
     show,
 )
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "show": show.show,
     "generate": generate.generate,
     "align": align.align,
+    "merge": merge.merge,
     "evaluate": evaluate.evaluate,
     "bench": bench.bench,
     "report": report.report,

@@ -139,6 +139,14 @@ def training_bar(title: str) -> Iterator[Callable[[Tick], None]]:
         yield watch
 
 
+@contextmanager
+def counting_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for work that says `progress(done, total)`."""
+    with quick_threads(), _bar() as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def _bar(*columns: str) -> Progress:
     from rich.progress import (
         BarColumn,
