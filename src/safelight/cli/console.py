@@ -142,7 +142,7 @@ def training_bar(title: str) -> Iterator[Callable[[Tick], None]]:
 @contextmanager
 def counting_bar() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for each thing that is counted, told as (what, done, total)."""
-    with _bar() as bar:
+    with quick_threads(), _bar() as bar:
         tasks: dict[str, Any] = {}
 
         def watch(what: str, done: int, total: int) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from safelight.errors import BadInput, Unsupported
 from safelight.models import artifact
 from safelight.models.base import TextToImage
+from safelight.models.networks import tensors_sha256
 
 FORMAT = 1
 LowRank = tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"], float]  # (rank, in), (out, rank)
@@ -95,6 +96,11 @@ class Patch:
     def names(self) -> tuple[str, ...]:
         """The parameters it changes."""
         return tuple(dict.fromkeys([*self.full, *self.low_rank]))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what it changes, whatever folder it lies in."""
+        return tensors_sha256(self._tensors())
 
     @property
     def about(self) -> dict[str, Any]:
