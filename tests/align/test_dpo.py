@@ -524,7 +524,7 @@ def test_prompts_instead_of_pairs_and_layers_that_are_not_there_are_refused(tiny
 @pytest.mark.parametrize("same", [True, False])
 def test_pairs_of_another_base_model_are_learnt_with_a_warning(tiny_sd1, tmp_path, caplog, same):
     base = tiny_sd1.hashes() | ({} if same else {"denoiser": "0" * 64})
-    (tmp_path / "twins.json").write_text(json.dumps({"base": base}))
+    (tmp_path / "twins.json").write_text(json.dumps({"model": {"hashes": base}}))
     data = dataclasses.replace(TWINS, folder=tmp_path)
     with caplog.at_level(logging.WARNING):
         assert DPO(**QUICK).fit(tiny_sd1, data).low_rank
