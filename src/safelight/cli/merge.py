@@ -61,7 +61,7 @@ def merge(
     with working(f"loading {model}"):
         handle = load(model)
         patches = [_expert(path, handle) for path in experts]
-    with counting_bar(how) as progress:
+    with counting_bar(how) if chosen.calibrates else working(how) as progress:
         patch = merged(
             handle,
             patches,
