@@ -103,7 +103,7 @@ def test_a_lora_file_becomes_a_patch_folder(room, tmp_path):
         (["weapons", "gore", "--how", "cat", "--set", "density=0.5"], "no setting named"),
         (["weapons", "witchcraft"], "no built-in prompts of witchcraft: name unsafe captions"),
         (["unnamed"], "--prompts SET"),
-        (["weapons", "elsewhere", "--how", "cat"], "expert 2 (gore) does not change"),
+        (["weapons", "elsewhere", "--how", "cat"], "expert 1 (weapons) does not change"),
     ],
 )
 def test_wrong_use_is_one_clear_line(room, tmp_path, monkeypatch, words, says):

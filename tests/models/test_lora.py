@@ -40,7 +40,7 @@ def test_what_is_exported_comes_back_and_the_model_is_left_alone(tiny_model, tmp
 
 def test_files_of_kohya_carry_their_own_scale(tiny_sd1, tmp_path):
     layer = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-    down, up = torch.randn(2, 32), torch.randn(32, 2)
+    down, up = torch.randn(2, 16), torch.randn(16, 2)
     tensors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(1.0)}
     file = tmp_path / "kohya.safetensors"
     save_file({f"lora_unet_{layer}.{key}": value for key, value in tensors.items()}, file)
@@ -81,6 +81,7 @@ def test_a_folder_of_peft_is_read_with_its_alpha_and_its_convolutions(tiny_sd1, 
         (dict(lora_bias=True), "biases"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.lora_bias=True", "ignore:Adapter 'default'")
 def test_adapters_that_are_more_than_two_factors_are_refused(tiny_sd1, tmp_path, settings, says):
     peft_folder(tmp_path / "style", **settings)
     with pytest.raises(Unsupported, match=says):

@@ -96,7 +96,8 @@ def truncated(
 
 def factored(D: Float[Tensor, "out in"], rank: int) -> Pair:
     """The best approximation of a change of some rank."""
-    return _halves(*torch.linalg.svd(D.double(), full_matrices=False), rank)
+    U, S, Vh = torch.linalg.svd(D.double(), full_matrices=False)
+    return _halves(U, S, Vh, rank)
 
 
 def _halves(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> Pair:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,14 +62,14 @@ def merge(
     with working(f"loading {model}"):
         handle = load(model)
         patches = [_expert(path, handle) for path in experts]
-    with counting_bar() as watch:
+    with counting_bar() if chosen.calibrates else working(how) as watch:
         patch = merged(
             handle,
             patches,
             chosen,
             prompts=_prompts(prompts or [], patches) if chosen.calibrates else (),
             seed=seed,
-            progress=lambda done, total: watch(how, done, total),
+            progress=None if watch is None else partial(watch, how),
         )
     patch.save(output)
     if json:

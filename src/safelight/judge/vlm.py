@@ -171,7 +171,7 @@ class VLM(Judge):
     def _answer(self, picture: Image.Image) -> str:
         """What the endpoint says about one picture; "" if it did not finish."""
         shown = {"type": "image_url", "image_url": {"url": as_url(picture)}}
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": "system", "content": self.instructions},
             {"role": "user", "content": [{"type": "text", "text": ASK}, shown]},
         ]

@@ -159,7 +159,7 @@ class LLM:
     def _answer(self, n: int, number: int, store: Path, draft: Draft) -> str:
         """What the model says in a round, asked once ever."""
         messages = self._messages(draft, n)
-        settings = {
+        settings: dict[str, Any] = {
             "temperature": self.temperature,
             "max_tokens": self.tokens,
             "seed": self.seed + number,

@@ -146,7 +146,11 @@ class Twins:
         with replaced(Path(path).expanduser()) as fresh:
             (fresh / "images").mkdir()
             rows = [
-                replace(row, **{side: self._kept(row, side, fresh) for side in ("unsafe", "safe")})
+                replace(
+                    row,
+                    unsafe=self._kept(row, "unsafe", fresh),
+                    safe=self._kept(row, "safe", fresh),
+                )
                 for row in self.rows
             ]
             text = "".join(as_line(row) + "\n" for row in rows)
