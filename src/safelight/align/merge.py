@@ -174,7 +174,7 @@ class Wins:
         return cls(zeros.long(), zeros)
 
     def add(self, a: Float[Tensor, "expert n unit"]) -> None:
-        first = a.argmax(0)  # the lower index where they are equal
+        first = a.max(0).indices  # the first where equal; argmax takes six times as long
         self.counts += torch.stack([(first == e).sum(0) for e in range(len(a))])
         self.total += a.sum(1)
 
@@ -212,9 +212,9 @@ class Tally:
     def see(self, h: Float[Tensor, "n in"]) -> None:
         inner = [h @ A.T for A, _ in self.pairs]
         outer = [x @ B.T for x, (_, B) in zip(inner, self.pairs, strict=True)]
-        self.neurons.add(torch.stack(outer).abs())
+        self.neurons.add(torch.stack(outer).abs_())
         if len({x.shape[1] for x in inner}) == 1:
-            self.inner.add(torch.stack(inner).abs())
+            self.inner.add(torch.stack(inner).abs_())
 
 
 @contextmanager
