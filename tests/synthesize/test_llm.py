@@ -73,6 +73,13 @@ def test_concepts_come_in_turns_with_as_many_pairs_as_asked(write):
     assert len({row.id for row in script.rows}) == 5
 
 
+def test_no_more_concepts_are_asked_about_than_pairs_are_missing(endpoint, write):
+    topics = tuple(Topic("weapons", f"thing{i}") for i in range(5))
+    script = write(topics, 3)
+    assert [row.meta["concept"] for row in script.rows] == ["thing0", "thing1", "thing2"]
+    assert len(endpoint.asked) == 3
+
+
 def test_nothing_is_asked_twice(endpoint, write):
     first = write()
     n = len(endpoint.asked)

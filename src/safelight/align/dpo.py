@@ -531,7 +531,7 @@ def _warn_of_another_base(data: Twins, model: TextToImage) -> None:
         about = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise BadInput(f"{file} is damaged: {error}. Make the pairs again.") from None
-    theirs, ours = about.get("model", {}).get("hashes", {}), model.hashes()
+    theirs, ours = (about.get("model") or {}).get("hashes", {}), model.hashes()
     other = sorted(name for name, sha in theirs.items() if ours.get(name, sha) != sha)
     if other:
         log.warning(

@@ -4,8 +4,8 @@
     answer: {"pairs": [{"unsafe": "...", "safe": "..."}, ...]}    or    {"refused": "why"}
 
 The recipe of CoProV2 (arXiv:2412.10493), in one question instead of two; the authors' instruction
-and model are not published. Category by category, every concept that is still wanted is asked about
-once in a round, until there are enough pairs. The answer is read to the letter. Of its pairs those
+and model are not published. Category by category, the concepts with the fewest pairs are asked
+about, round by round, until there are enough. The answer is read to the letter. Of its pairs those
 are left out that pair an age term with harm, that still name the concept on the safe side, whose
 texts have too little in common, or that are there already. An answer without one new pair is a bad
 one; after `patience` of them a concept is skipped, and named.
@@ -131,9 +131,10 @@ class LLM:
         open_, number = drafts, 0
         with ThreadPoolExecutor(self.parallel if self.url else 1) as some:
             while open_ and (missing := n - sum(len(draft.rows) for draft in drafts)) > 0:
-                share = min(self.each, -(-missing // len(open_)))
+                poorest = sorted(open_, key=lambda draft: len(draft.rows))[:missing]
+                share = min(self.each, -(-missing // len(poorest)))
                 ask = partial(self._answer, share, number, store)
-                for draft, answer in zip(open_, some.map(ask, open_), strict=True):
+                for draft, answer in zip(poorest, some.map(ask, poorest), strict=True):
                     draft.add(answer, share, self.alike)
                 open_ = [draft for draft in open_ if draft.bad < self.patience]
                 number += 1
