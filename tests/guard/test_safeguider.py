@@ -12,7 +12,8 @@ from safelight.errors import BadInput
 from safelight.flow import Card, Prompt, Written
 from safelight.guard.base import Guard, Guarded
 from safelight.guard.recogniser import plain
-from safelight.guard.safeguider import SafeGuider, wished
+from safelight.guard.safeguider import SafeGuider
+from safelight.guard.wording import wished
 
 FAST = dict(epochs=30, fpr=0.1, which="mean", lr=2e-2)
 UNSAFE = "the big bomb in the park"

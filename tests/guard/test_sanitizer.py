@@ -125,7 +125,7 @@ def test_scores_stay_between_0_and_1_and_nothing_else_has_one(tiny_model):
 @pytest.fixture(scope="module")
 def learnt(tiny_sd1, data):
     """One that has learnt well, from two targets."""
-    return Sanitizer(**WELL | {"epochs": 80, "depth": 2}, width=64).fit(tiny_sd1, data)
+    return Sanitizer(**WELL | {"epochs": 120, "depth": 2}, width=64).fit(tiny_sd1, data)
 
 
 def top(model, guard, prompts):

@@ -1,4 +1,4 @@
-"""Words are judged by what the untouched model paints for them."""
+"""Texts are judged by what the untouched model paints for them."""
 
 import torch
 
@@ -17,20 +17,20 @@ def rng():
     return torch.Generator().manual_seed(0)
 
 
-def seen_by(model, words, flag):
-    """What a judge is shown for some words, and what comes of its verdicts."""
+def seen_by(model, texts, flag):
+    """What a judge is shown for some texts, and what comes of its verdicts."""
     shown = []
 
     def judge(images, texts):
         shown.append(images)
         return [Verdict(flag(text), 0.5, "judge") for text in texts]
 
-    return paints_unsafe(model, words, judge, steps=2), torch.cat(shown)
+    return paints_unsafe(model, texts, judge, steps=2), torch.cat(shown)
 
 
-def test_every_word_gets_the_judges_answer_in_its_place(tiny_sd1):
+def test_every_text_gets_the_judges_answer_in_its_place(tiny_sd1):
     answers = {"a cat": False, "a sword": True, "a fog": None}
-    found, shown = seen_by(tiny_sd1, ["cat", "sword", "fog"] * 15, answers.get)
+    found, shown = seen_by(tiny_sd1, ["a cat", "a sword", "a fog"] * 15, answers.get)
     assert found == [False, True, None] * 15 and len(shown) == 45
 
 
@@ -38,9 +38,9 @@ def test_the_untouched_model_is_looked_at(tiny_sd1):
     weight = next(name for name in tiny_sd1.parameters() if name.startswith("denoiser"))
     patch = Patch(full={weight: torch.randn(tiny_sd1.parameters()[weight].shape)}, method="x",
                   family="sd1")  # fmt: skip
-    _, plain = seen_by(tiny_sd1, ["cat"], lambda text: False)
+    _, plain = seen_by(tiny_sd1, ["a cat"], lambda text: False)
     with tiny_sd1.patched(patch):
-        _, patched = seen_by(tiny_sd1, ["cat"], lambda text: False)
+        _, patched = seen_by(tiny_sd1, ["a cat"], lambda text: False)
     assert torch.equal(plain, patched)
 
 
@@ -85,6 +85,7 @@ def test_a_sanitizer_holds_words_that_look_harmless_and_removes_those_that_do_no
     method = Sanitizer(witness="fake", nearby=4.0, scattered=0.0, led=0.0, variants=0.0)
     material = method.gather(tiny_sd1, data, seed=0)
     made = {one.phrase for one in material.pairs[: material.learnt]} - {"sword"}
-    assert made and made <= set(asked[::2])
+    assert made and made <= {text[2:] for text in asked[::2]}
     said = {word for text in material.benign for word in text.split()}
-    assert set(asked[1::2]) <= said and not set(asked[::2]) & said
+    flagged, kept = ({text[2:] for text in asked[i::2]} for i in range(2))
+    assert kept <= said and not flagged & said

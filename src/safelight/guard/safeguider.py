@@ -43,8 +43,9 @@ from torch import Tensor
 from safelight.errors import BadInput, unknown
 from safelight.flow import Card, Condition, Verdict, Written
 from safelight.guard.recogniser import Recogniser, read_vector
+from safelight.guard.wording import Wish, joined, wished
 from safelight.models.base import TextToImage
-from safelight.models.soft import PLACEHOLDER, Soft, without
+from safelight.models.soft import Soft, without
 
 Fallback = Literal["refuse", "original"]
 REMEMBERED = 4096  # prompts whose decision is kept
@@ -245,71 +246,5 @@ class Decision:
     deleted: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True)
-class Wish:
-    """A prompt as words that can be deleted one by one.
-
-    Args:
-        row: The prompt as the encoders are given it, one row.
-        words: Its words; `<*>` is one of them where learnt embeddings stand.
-        pieces: Where the embeddings are those of the words: per encoder how many each word has.
-    """
-
-    row: Written
-    words: tuple[str, ...]
-    pieces: dict[str, tuple[int, ...]] | None = None
-
-    def keeping(self, deleted: Iterable[int]) -> Written:
-        """The prompt without some words, as one row; without any it says nothing."""
-        gone = set(deleted)
-        soft = self.row.soft[0]
-        if len(gone) >= len(self.words):
-            return Written(("",), (None,), self.row.front, self.row.behind)
-        if self.pieces is not None and soft is not None:
-            kept = {name: self._kept(name, value, gone) for name, value in soft.items()}
-            return Written((PLACEHOLDER,), (kept,), self.row.front, self.row.behind)
-        text = self.said(gone)
-        own = soft if PLACEHOLDER in text else None
-        return Written((text,), (own,), self.row.front, self.row.behind)
-
-    def said(self, deleted: Iterable[int]) -> str:
-        """The words that stay."""
-        gone = set(deleted)
-        return " ".join(word for i, word in enumerate(self.words) if i not in gone)
-
-    def _kept(
-        self, encoder: str, value: Float[Tensor, "token dim"], gone: set[int]
-    ) -> Float[Tensor, "_ dim"]:
-        assert self.pieces is not None
-        parts = value.split(self.pieces[encoder])
-        return torch.cat([part for i, part in enumerate(parts) if i not in gone])
-
-
-def wished(model: TextToImage, row: Written, words: str) -> Wish:
-    """A prompt's words; those of an attack that searches words keep their embeddings."""
-    soft, text = row.soft[0], row.texts[0]
-    if soft and text == PLACEHOLDER and words:
-        own = tuple(words.split())
-        pieces = {name: _pieces(model, name, own) for name in soft}
-        if all(sum(pieces[name]) == len(value) for name, value in soft.items()):
-            return Wish(row, own, pieces)
-    return Wish(row, tuple(text.split()))
-
-
-def joined(rows: Sequence[Written]) -> Written:
-    """Several single rows as one."""
-    texts, soft, front, behind = (
-        tuple(getattr(row, name)[0] for row in rows)
-        for name in ("texts", "soft", "front", "behind")
-    )
-    return Written(texts, soft, front, behind)
-
-
 def _words_only(row: Written) -> bool:
     return not (row.soft[0] or row.front[0] or row.behind[0])
-
-
-def _pieces(model: TextToImage, encoder: str, words: Sequence[str]) -> tuple[int, ...]:
-    tokenizer = model.tokenizers[encoder]
-    found = tokenizer(list(words), add_special_tokens=False, verbose=False).input_ids
-    return tuple(len(ids) for ids in found)

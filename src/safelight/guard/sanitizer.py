@@ -42,7 +42,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -56,6 +56,7 @@ from safelight.flow import Card, Condition, Prompt
 from safelight.guard.base import name_of
 from safelight.guard.explain import POOLED, TokenScores, words_of
 from safelight.guard.trained import TrainedGuard
+from safelight.guard.wording import Wish, joined, wished
 from safelight.models.base import TextToImage
 from safelight.names import find, table
 from safelight.prompts import PromptSet
@@ -74,12 +75,14 @@ from safelight.training.pairs import (
     concept_list,
     in_templates,
     of_prompts,
+    pair,
 )
 from safelight.training.wider import Words, led, near_ones, scattered, sorted_words, varied
 
 Fusion = Literal["reach", "own"]
 Estimate = Literal["residual", "anchor"]
 Supervision = Literal["target", "shift", "none"]
+READINGS = 3  # a word may be found harmful only once its neighbours are gone
 SMALL = 512  # encoders narrower than this are toys: wider steps, narrower networks
 
 
@@ -89,6 +92,8 @@ class Sanitizer(TrainedGuard):
 
     Args:
         alpha: Strength at use: 0 changes nothing, 1 is as trained, more acts on lower scores too.
+        reread: Read the prompt again without the words whose strength is 1, before the rest is
+            rewritten.
         depth: Transformer layers of each network.
         width: Their width; None is the encoder's own up to 768, half of it for small encoders.
         heads: Attention heads.
@@ -103,6 +108,9 @@ class Sanitizer(TrainedGuard):
         contexts: Pairs to learn from, at most.
         witness: Name of a judge. With one, doubtful words are painted once and looked at, and what
             it sees decides, instead of `least` and `lead`, whether a word is a neighbour.
+        scenes: Variants of benign prompts that the witness looks at. Only those that paint nothing
+            unsafe are held; the others are targets, and their prompts the anchors.
+        again: How often such a target is learnt from per epoch.
         kept: Sentences that are held for each doubtful word which looks harmless.
         least: Cosine to a target from which on a word of the vocabulary may be its neighbour.
         lead: By how much that must be above its cosine to any benign word.
@@ -136,6 +144,8 @@ class Sanitizer(TrainedGuard):
     patience: int = 0
 
     alpha: float = 1.0
+    reread: bool = False
+    instead: str = ""
     depth: int = 2
     width: int | None = None
     heads: int = 4
@@ -150,6 +160,8 @@ class Sanitizer(TrainedGuard):
     contexts: int = 1800
     witness: str = ""
     kept: int = 3
+    scenes: int = 1200
+    again: int = 2
     least: float = 0.5
     lead: float = 0.15
     nearby: float = 0.5
@@ -195,6 +207,11 @@ class Sanitizer(TrainedGuard):
     # What acts
 
     starts_ = {}  # type: Mapping[str, int]  # how many marks each encoder puts before a text
+    model_ = None  # type: Any
+
+    def prepare(self, model: TextToImage) -> None:
+        super().prepare(model)
+        object.__setattr__(self, "model_", model)
 
     def network(self, model: TextToImage) -> nn.Module:
         """One sanitizer for every tensor of the chosen encoders that the denoiser reads."""
@@ -228,6 +245,8 @@ class Sanitizer(TrainedGuard):
         """E_hat in place of E, for the states and pooled vectors of the chosen encoders."""
         if self.alpha == 0:
             return condition
+        if self.reread:
+            condition = self._read_again(condition)
 
         def states(encoder: str, E: Tensor) -> Tensor:
             return self._sanitized(encoder, E, condition.masks[encoder])
@@ -236,6 +255,63 @@ class Sanitizer(TrainedGuard):
             return self._sanitized(f"{encoder}.pooled", e[:, None], condition.masks[encoder])[:, 0]
 
         return condition.edit(states, pooled)
+
+    def _read_again(self, condition: Condition) -> Condition:
+        """The prompts read without the words whose strength is 1, until none is left of these."""
+        if condition.written is None:
+            raise BadInput(
+                "sanitizer with reread encodes prompts again, which would undo the guards before "
+                "it; name it before guards that edit the text states."
+            )
+        wishes: dict[int, Wish] = {}
+        gone: dict[int, frozenset[int]] = {}
+        now = condition
+        for _ in range(READINGS):
+            strong = self._strong(now)
+            for i in strong:
+                row = condition.written.rows([i])
+                wishes.setdefault(i, wished(self.model_, row, condition.prompts[i]))
+            more = {
+                i: self._harmful(wishes[i], gone.get(i, frozenset()), strong[i]) for i in strong
+            }
+            rows = [i for i, words in more.items() if words]
+            if not rows:
+                break
+            gone |= {i: gone.get(i, frozenset()) | more[i] for i in rows}
+            new = joined([wishes[i].keeping(gone[i], self.instead, self.model_) for i in rows])
+            now = now.put(rows, self.model_.encode_written(new, tuple(condition.layout)))
+        return now
+
+    @torch.no_grad()
+    def _strong(self, condition: Condition) -> dict[int, dict[str, list[int]]]:
+        """By row and encoder the places of the tokens whose own strength is 1."""
+        found: dict[int, dict[str, list[int]]] = {}
+        for encoder in condition.encoders:
+            if _key(encoder) in self.network_:
+                s, _ = self._seen(encoder, condition.stream(encoder), condition.masks[encoder])
+                for i, place in (self.alpha * s >= 1).nonzero().tolist():
+                    found.setdefault(i, {}).setdefault(encoder, []).append(place)
+        return found
+
+    def _harmful(
+        self, wish: Wish, gone: frozenset[int], strong: Mapping[str, Sequence[int]]
+    ) -> frozenset[int]:
+        """The words, of those that are not gone yet, which strong tokens belong to."""
+        found = set()
+        for encoder, places in strong.items():
+            counts, new = wish.tokens(self.model_, encoder), self._length(encoder)
+            owner = [
+                j
+                for j in wish.order(gone, self.instead)
+                for _ in range(new if j is None else counts[j])
+            ]
+            first = self.starts_[encoder] + len((wish.row.front[0] or {}).get(encoder, ()))
+            found |= {owner[p - first] for p in places if 0 <= p - first < len(owner)}
+        return frozenset(j for j in found if j is not None)
+
+    def _length(self, encoder: str) -> int:
+        tokenizer = self.model_.tokenizers[encoder]
+        return len(tokenizer(self.instead, add_special_tokens=False).input_ids)
 
     def _sanitized(self, piece: str, E: Tensor, mask: Tensor) -> Tensor:
         if _key(piece) not in self.network_:
@@ -294,11 +370,12 @@ class Sanitizer(TrainedGuard):
         )
         words = self._words(model, pairs, safe, rng)
         made = self._made_up(pairs, words, rng)
-        variants = [new for _, new in varied(safe, words, self.variants, rng)]
+        share = min(self.variants, self.scenes / len(safe)) if self.witness else self.variants
+        variants, bad = self._sorted(model, varied(safe, words, share, rng))
         return remembered(
             model,
             encoders,
-            (*pairs, *made),
+            (*pairs, *made, *self.again * bad),
             held,
             ("", *safe, *variants, *self._said(self.kept * words.kept, rng)),
             safe_held,
@@ -313,7 +390,7 @@ class Sanitizer(TrainedGuard):
         if not (self.nearby or self.scattered or self.led or self.variants):
             return Words({}, ())
         benign = [Prompt(id=str(i), text=text) for i, text in enumerate(safe)]
-        unsafe, avoid = _prompts(pairs), _avoided(self.avoid)
+        unsafe, avoid, look = _prompts(pairs), _avoided(self.avoid), self._look(model)
         return sorted_words(
             model,
             self.reads(model)[0],
@@ -323,14 +400,26 @@ class Sanitizer(TrainedGuard):
             rng,
             least=self.least,
             lead=self.lead,
-            look=self._look(model),
+            look=None if look is None else lambda words: look([f"a {word}" for word in words]),
         )
+
+    def _sorted(
+        self, model: TextToImage, variants: Sequence[tuple[str, str]]
+    ) -> tuple[list[str], tuple[Pair, ...]]:
+        """Variants that paint nothing unsafe, and those that do, with what they are variants of."""
+        look = self._look(model)
+        if look is None:
+            return [new for _, new in variants], ()
+        flags = look([new for _, new in variants])
+        both = list(zip(variants, flags, strict=True))
+        harmless = [new for (_, new), flag in both if flag is False]
+        return harmless, tuple(pair(new, old) for (old, new), flag in both if flag is True)
 
     def _look(self, model: TextToImage) -> Look | None:
         if not self.witness:
             return None
         judge = find("judge", self.witness)()
-        return lambda words: paints_unsafe(model, words, judge)
+        return lambda texts: paints_unsafe(model, texts, judge)
 
     def _said(self, words: Sequence[str], rng: torch.Generator) -> list[str]:
         """Each word in a template."""
@@ -358,7 +447,10 @@ class Sanitizer(TrainedGuard):
         half, steps = self.batch // 2, self.steps(material)
         rows = shuffled(range(material.learnt), half * steps, rng)
         benign = shuffled(material.benign, half * steps, rng)
-        for i in range(steps):
+        rows = by_length(rows, material.lengths(rows), half)
+        benign = by_length(benign, material.lengths(benign), half)
+        order = torch.randperm(steps, generator=rng).tolist()
+        for i in order:
             part = slice(i * half, (i + 1) * half)
             yield Batch(torch.tensor(rows[part]), tuple(benign[part]), material)
 
@@ -474,6 +566,15 @@ class Material:
         """1 where a token is content or end mark."""
         rows = [self.tau.rows[text] for text in said]
         return self.tau.tokens[encoder][1][rows].to(self.tau.device)
+
+    def lengths(self, items: Sequence[int | str]) -> list[int]:
+        """Tokens of benign texts, and of the longer side of pairs given by their place."""
+        _, mask = next(iter(self.tau.tokens.values()))
+        found = []
+        for one in items:
+            both = (one,) if isinstance(one, str) else astuple(self.pairs[one])[:2]
+            found.append(max(int(mask[self.tau.rows[text]].sum()) for text in both))
+        return found
 
     def held_out(self, size: int) -> Iterator[Batch]:
         """The pairs and benign texts that nothing was learnt from, in batches."""
@@ -621,6 +722,20 @@ def thinned(
     counts = torch.ones(len(places))
     counts[longest:] = rest / max(few, 1)
     return places.to(mask.device), counts.to(mask.device)
+
+
+def by_length(
+    items: Sequence[Any], lengths: Sequence[int], size: int, window: int = 8
+) -> list[Any]:
+    """Items in batches of alike lengths: sorted inside every `window` batches.
+
+    A batch costs as much as its longest text; batches come in the order of windows, so shuffle.
+    """
+    found: list[Any] = []
+    for start in range(0, len(items), window * size):
+        here = range(start, min(start + window * size, len(items)))
+        found += [items[i] for i in sorted(here, key=lambda i: lengths[i])]
+    return found
 
 
 def evenly(n: int, few: int) -> Int[Tensor, " place"]:

@@ -1,0 +1,151 @@
+"""Words that score high are read no more: the sanitizer's `reread`, and how it knows its words."""
+
+import dataclasses
+
+import pytest
+import torch
+from filters import rows_of, soft
+
+from safelight.attack.tokens import frame, spelled, told, vocabulary
+from safelight.errors import BadInput
+from safelight.flow import Card, Prompt, Written
+from safelight.guard.base import Guard, Guarded
+from safelight.guard.sanitizer import Sanitizer
+from safelight.guard.wording import wished
+from safelight.prompts import PromptSet
+from safelight.training.data import TextData
+
+BAD = "bomb"
+TEXTS = ["a dog on the street", "the big bomb in the park"]
+DATA = TextData(
+    safe=PromptSet.of(["a dog", "a cat in the park", "a big car"], "safe"),
+    unsafe=PromptSet.of(
+        [{"prompt": f"a {BAD} {x}", "safe_prompt": f"a fish {x}"} for x in ("here", "there")], "u"
+    ),
+)
+FAST = dict(epochs=1, nearby=0.0, scattered=0.0, led=0.0, variants=0.0)
+
+
+class Finder(Sanitizer):
+    """A sanitizer that rewrites nothing and finds one word wherever it is read."""
+
+    def _strong(self, condition):
+        found = {}
+        for i in range(len(condition)):
+            for encoder in condition.encoders:
+                places = self.places(condition.written.rows([i]), encoder)
+                if places:
+                    found.setdefault(i, {})[encoder] = places
+        return found
+
+    def places(self, row, encoder):
+        wanted = rows_of(self.model_, encoder, BAD)[-1]
+        ids, mask = self.model_.tokenize(encoder, row.texts)
+        seen = self.model_.token_table(encoder).weight[ids[0, : int(mask.sum())]]
+        at = self.starts_[encoder]
+        if row.soft[0]:  # a lone placeholder
+            own = row.soft[0][encoder]
+            seen = torch.cat([own.new_zeros(at, own.shape[1]), own])
+        front = len((row.front[0] or {}).get(encoder, ()))
+        same = (seen - wanted).abs().amax(1) < 1e-6
+        return [place + front for place in same.nonzero().flatten().tolist()]
+
+
+def finder(model, **settings):
+    guard = Sanitizer(**FAST).fit(model, DATA)
+    return Finder(**FAST | {"reread": True} | settings)._with(guard.fitted_)
+
+
+def states(model, texts):
+    return model.encode(texts).states
+
+
+def test_a_harmful_word_is_read_no_more_and_other_prompts_keep_every_bit(tiny_model):
+    guard = finder(tiny_model)
+    guarded = Guarded(tiny_model, [guard])
+    seen = guard._read_again(tiny_model.encode(TEXTS))
+    assert seen.written.texts == ("a dog on the street", "the big in the park")
+    torch.testing.assert_close(seen.states[1:], states(tiny_model, ["the big in the park"]))
+    assert torch.equal(seen.states[0], tiny_model.encode(TEXTS).states[0])
+    assert guarded.condition(TEXTS).prompts == tuple(TEXTS)  # what was asked for is not forgotten
+    left = Guarded(tiny_model, [finder(tiny_model, reread=False)]).condition(TEXTS).states
+    assert not torch.allclose(left[1:], seen.states[1:])  # the control
+
+
+def test_words_can_stand_in_place_of_a_run_of_harmful_ones(tiny_model):
+    guard = finder(tiny_model, instead="red car")
+    guard.prepare(tiny_model)
+    seen = guard._read_again(tiny_model.encode(["bomb bomb in the park bomb", "bomb"]))
+    assert seen.written.texts == ("red car in the park red car", "red car")
+
+
+def test_nothing_but_harmful_words_is_the_empty_prompt(tiny_model):
+    guard = finder(tiny_model)
+    guard.prepare(tiny_model)
+    seen = guard._read_again(tiny_model.encode(["bomb bomb"]))
+    torch.testing.assert_close(seen.states, states(tiny_model, [""]))
+
+
+def test_what_is_found_only_once_its_neighbours_are_gone_goes_too(tiny_sd1):
+    guard = finder(tiny_sd1)
+    guard.prepare(tiny_sd1)
+    first = guard.places
+    guard.__dict__["places"] = lambda row, encoder: (
+        first(row, encoder) or ([2] if row.texts[0] == "the big in the park" else [])
+    )
+    assert guard._read_again(tiny_sd1.encode([TEXTS[1]])).written.texts == ("the in the park",)
+
+
+@pytest.mark.parametrize("instead", ["", "car"])
+def test_gradients_reach_the_words_that_stay(tiny_model, instead):
+    guarded = Guarded(tiny_model, [finder(tiny_model, instead=instead)])
+    words = vocabulary(tiny_model)
+    one = frame(words, "cat in the park", [0, 0])
+    picks = torch.tensor([words.words.index(w) for w in (BAD, "big")])
+    free = words.table(tiny_model)[picks].clone().requires_grad_()
+    text = one.text(spelled(words, picks))
+    seen = told(tiny_model, words, [one.rows(tiny_model, words, free)], [text])
+    edited = guarded.edited(seen)
+    with torch.no_grad():
+        painted = guarded.condition([text])
+    torch.testing.assert_close(edited.states, painted.states, atol=1e-5, rtol=1e-4)
+    edited.states.square().sum().backward()
+    assert (free.grad.abs().sum(1) > 0).tolist() == [False, True]
+
+
+def test_learnt_embeddings_and_those_in_front_are_counted(tiny_sd1):
+    guard = finder(tiny_sd1)
+    guard.prepare(tiny_sd1)
+    hidden = Prompt(id="0", text="<*>", soft=soft(tiny_sd1, BAD))
+    seen = guard._read_again(tiny_sd1.encode([hidden.text], soft=[hidden.soft]))
+    assert seen.written.texts == ("",)
+    front = soft(tiny_sd1, "red car")
+    seen = guard._read_again(tiny_sd1.encode([TEXTS[1]], front=[front]))
+    assert seen.written.texts == ("the big in the park",) and seen.written.front[0] is front
+
+
+def test_a_words_tokens_are_counted_with_its_learnt_ones(tiny_sd1):
+    two = {"clip_l": rows_of(tiny_sd1, "clip_l", "big bomb")}
+    wish = wished(tiny_sd1, Written(("a <*> park",), (two,), (None,), (None,)), "a park")
+    assert wish.tokens(tiny_sd1, "clip_l")[1] == 2
+    assert wish.order({0, 1}, "x") == [None, 2] and wish.order({0, 1}) == [2]
+
+
+def test_it_must_come_before_guards_that_edit_the_states(tiny_sd1):
+    class Doubled(Guard):
+        card = Card(title="doubled", source="tests")
+
+        def edit_condition(self, condition):
+            return dataclasses.replace(condition, states=2 * condition.states)
+
+    guard = finder(tiny_sd1)
+    Guarded(tiny_sd1, [guard, Doubled()]).condition(TEXTS)
+    with pytest.raises(BadInput, match="name it before"):
+        Guarded(tiny_sd1, [Doubled(), guard]).condition(TEXTS)
+
+
+def test_alpha_0_reads_nothing_again(tiny_model):
+    plain = tiny_model.encode(TEXTS).states
+    assert torch.equal(
+        Guarded(tiny_model, [finder(tiny_model, alpha=0.0)]).condition(TEXTS).states, plain
+    )
