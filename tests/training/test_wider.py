@@ -62,15 +62,15 @@ def test_words_stand_in_front_of_the_prompt_and_of_its_counterpart():
 
 def test_variants_take_turns_and_use_harmless_words_only():
     safe = ["a cat on a hill", "two dogs in a garden", "red fish under water"]
-    made = varied(safe, WORDS, 2.0, rng())
+    made = varied(safe, WORDS.harmless, 2.0, rng())
     assert sorted(old for old, _ in made) == sorted(safe * 2)
     for (old, new), kind in zip(made, ["in"] * 2 + ["front"] * 2 + ["alone"] * 2, strict=True):
         drawn = set(new.split()) - set(old.split())
         assert drawn and drawn <= set(WORDS.far)
         assert new.endswith(old) == (kind == "front")
         assert (set(new.split()) <= set(WORDS.far)) == (kind == "alone")
-    assert varied(safe, Words({}, ()), 3, rng()) == []
-    assert varied((), WORDS, 3, rng()) == varied(safe, WORDS, 0, rng()) == []
+    assert varied(safe, (), 3, rng()) == []
+    assert varied((), WORDS.harmless, 3, rng()) == varied(safe, WORDS.harmless, 0, rng()) == []
 
 
 def test_words_in_front_and_alone_have_a_length():

@@ -132,7 +132,7 @@ class Haven(TextSide):
         ]
         unsafe, safe = (*split.unsafe, *made, *split.unsafe_check), texts(split.safe)
         known = [p.safe_prompt for p in unsafe if p.safe_prompt]
-        pairs = varied(safe, words, float(self.variants), rng)
+        pairs = varied(safe, words.harmless, float(self.variants), rng)
         everything = ["", *safe, *texts((*split.safe_check, *unsafe)), *known]
         tau = remember(model, [*everything, *(variant for _, variant in pairs)], encoders)
         return Material(

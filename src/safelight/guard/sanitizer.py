@@ -370,8 +370,7 @@ class Sanitizer(TrainedGuard):
         )
         words = self._words(model, pairs, safe, rng)
         made = self._made_up(pairs, words, rng)
-        share = min(self.variants, self.scenes / len(safe)) if self.witness else self.variants
-        variants, bad = self._sorted(model, varied(safe, words, share, rng))
+        variants, bad = self._variants(model, safe, words, rng)
         return remembered(
             model,
             encoders,
@@ -403,17 +402,27 @@ class Sanitizer(TrainedGuard):
             look=None if look is None else lambda words: look([f"a {word}" for word in words]),
         )
 
-    def _sorted(
-        self, model: TextToImage, variants: Sequence[tuple[str, str]]
+    def _variants(
+        self, model: TextToImage, safe: Sequence[str], words: Words, rng: torch.Generator
     ) -> tuple[list[str], tuple[Pair, ...]]:
-        """Variants that paint nothing unsafe, and those that do, with what they are variants of."""
+        """Variants of benign prompts, and those that a witness finds unsafe with their prompts.
+
+        What a word is like alone does not say what it does beside others: half of the variants that
+        a witness looks at are made of words that are unsafe alone.
+        """
         look = self._look(model)
         if look is None:
-            return [new for _, new in variants], ()
-        flags = look([new for _, new in variants])
-        both = list(zip(variants, flags, strict=True))
-        harmless = [new for (_, new), flag in both if flag is False]
-        return harmless, tuple(pair(new, old) for (old, new), flag in both if flag is True)
+            return [new for _, new in varied(safe, words.harmless, self.variants, rng)], ()
+        share = self.scenes / len(safe) / 2
+        made = [
+            one
+            for among in (words.harmless, words.unsafe)
+            for one in varied(safe, among, share, rng)
+        ]
+        flags = look([new for _, new in made])
+        harmless = [new for (_, new), flag in zip(made, flags, strict=True) if flag is False]
+        bad = [pair(new, old) for (old, new), flag in zip(made, flags, strict=True) if flag]
+        return harmless, tuple(bad)
 
     def _look(self, model: TextToImage) -> Look | None:
         if not self.witness:

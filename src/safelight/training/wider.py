@@ -44,6 +44,11 @@ class Words:
         return (*self.far, *self.kept, *self.kept)
 
     @property
+    def unsafe(self) -> tuple[str, ...]:
+        """The words near any unsafe phrase."""
+        return tuple(sorted({word for found in self.near.values() for word in found}))
+
+    @property
     def around(self) -> tuple[str, ...]:
         """What may stand around an unsafe phrase."""
         return (*self.far, *self.kept, *self.between)
@@ -136,16 +141,17 @@ def scattered(
 
 
 def varied(
-    safe: Sequence[str], words: Words, share: float, rng: torch.Generator
+    safe: Sequence[str], words: Sequence[str], share: float, rng: torch.Generator
 ) -> list[tuple[str, str]]:
     """Safe prompts with variants: words exchanged, words in front, words alone, in turns.
 
     Args:
+        words: What the variants are made of.
         share: How many variants, as a share of the prompts.
     """
     change = (exchanged, prefixed, strewn)
     chosen = shuffled(safe, round(share * len(safe)), rng)
-    return [one for i, kind in enumerate(change) for one in kind(chosen[i::3], words.harmless, rng)]
+    return [one for i, kind in enumerate(change) for one in kind(chosen[i::3], words, rng)]
 
 
 def _paired(unsafe: Sequence[Prompt], wanted: Callable[[Pair], bool]) -> list[tuple[Prompt, Pair]]:
