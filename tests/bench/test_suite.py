@@ -125,6 +125,7 @@ attack_judge = { name = "fake", threshold = 0.3 }""",
 
 def test_what_ships_is_found_by_name_and_reads():
     assert set(shipped()) == {
+        "emoji-dpo",
         "emoji-quick",
         "emoji-safetext",
         "emoji-standard",

@@ -82,10 +82,36 @@ def test_a_sanitizer_holds_words_that_look_harmless_and_removes_those_that_do_no
             "unsafe",
         ),
     )
-    method = Sanitizer(witness="fake", nearby=4.0, scattered=0.0, led=0.0, variants=0.0)
+    method = Sanitizer(witness="fake", nearby=4.0, scattered=0.0, led=0.0, scenes=0)
     material = method.gather(tiny_sd1, data, seed=0)
     made = {one.phrase for one in material.pairs[: material.learnt]} - {"sword"}
     assert made and made <= {text[2:] for text in asked[::2]}
     said = {word for text in material.benign for word in text.split()}
     flagged, kept = ({text[2:] for text in asked[i::2]} for i in range(2))
     assert kept <= said and not flagged & said
+
+
+def test_scenes_that_paint_something_unsafe_are_targets_and_the_others_are_held(
+    tiny_sd1, monkeypatch
+):
+    looked = {}
+
+    def paints(model, texts, judge):
+        flags = [(True, False, None)[i % 3] for i in range(len(texts))]
+        looked.update(zip(texts, flags, strict=True))
+        return flags
+
+    monkeypatch.setattr("safelight.guard.sanitizer.paints_unsafe", paints)
+    pairs = [{"prompt": f"a {c} sword", "safe_prompt": f"a {c} tulip", "category": "x"}
+             for c in ("red", "old", "new", "big")]  # fmt: skip
+    safe = [f"{text} by {place}" for text in BENIGN for place in ("day", "night", "car", "train")]
+    data = TextData(safe=PromptSet.of(safe, "safe"), unsafe=PromptSet.of(pairs, "unsafe"))
+    method = Sanitizer(witness="fake", nearby=0.0, scattered=0.0, led=0.0, scenes=24, again=2)
+    material = method.gather(tiny_sd1, data, seed=0)
+    scenes = {text: flag for text, flag in looked.items() if len(text.split()) > 2}
+    bad = [text for text, flag in scenes.items() if flag]
+    learnt = [one for one in material.pairs[: material.learnt] if one.target in scenes]
+    assert sorted(one.target for one in learnt) == sorted(2 * bad)
+    assert all(one.anchor in safe for one in learnt)
+    assert {text for text, flag in scenes.items() if flag is False} <= set(material.benign)
+    assert not {text for text, flag in scenes.items() if flag is not False} & set(material.benign)

@@ -29,6 +29,11 @@ Ours, beyond the paper:
 - *Neighbours.* A concept list is short. With `nearby` > 0 contexts also get words that the original
   encoder puts nearer to a target than to any benign word, or, with a `witness`, that make the model
   paint something unsafe.
+- *Scenes.* What a word does beside others, only a picture of both can tell: a `witness` also looks
+  at variants of benign prompts, made of harmless words and of words that are unsafe alone.
+- *Reading again.* With `reread` the words whose strength is 1 are taken out of the prompt, and the
+  encoders read what is left, with `instead` in their place; only then is E rewritten. What a
+  residual leaves behind, a word that was never read cannot.
 - *Strange contexts.* Whoever searches for prompts writes no sentences: targets also stand behind
   and among random words (`led`, `scattered`), and so do benign texts (`variants`).
 - *Every tensor.* Each encoder's token states and each pooled vector has its own network.
@@ -94,6 +99,7 @@ class Sanitizer(TrainedGuard):
         alpha: Strength at use: 0 changes nothing, 1 is as trained, more acts on lower scores too.
         reread: Read the prompt again without the words whose strength is 1, before the rest is
             rewritten.
+        instead: With `reread`, words that stand where others were taken out.
         depth: Transformer layers of each network.
         width: Their width; None is the encoder's own up to 768, half of it for small encoders.
         heads: Attention heads.
@@ -160,7 +166,7 @@ class Sanitizer(TrainedGuard):
     contexts: int = 1800
     witness: str = ""
     kept: int = 3
-    scenes: int = 1200
+    scenes: int = 1000
     again: int = 2
     least: float = 0.5
     lead: float = 0.15
@@ -192,6 +198,9 @@ class Sanitizer(TrainedGuard):
             "scattered",
             "led",
             "variants",
+            "scenes",
+            "again",
+            "kept",
             "identity",
             "score",
         ):
