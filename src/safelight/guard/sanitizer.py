@@ -46,8 +46,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -123,7 +123,8 @@ class Sanitizer(TrainedGuard):
         nearby: Copies of the pairs with a neighbour of the target in its place.
         scattered: Copies of targets, and of their neighbours, among random words.
         led: Copies of the pairs behind one to five random words.
-        variants: Copies of benign prompts with random words inside, in front, or nothing but those.
+        variants: Copies of benign prompts with random words inside, in front, or nothing but those;
+            with a witness `scenes` take their place.
         avoid: Words that none of these may use; the name of a prompt set stands for its words, so
             that what is tested later is not learnt by chance.
         dropout: Share of the inputs that is dropped while learning.
@@ -308,19 +309,10 @@ class Sanitizer(TrainedGuard):
         """The words, of those that are not gone yet, which strong tokens belong to."""
         found = set()
         for encoder, places in strong.items():
-            counts, new = wish.tokens(self.model_, encoder), self._length(encoder)
-            owner = [
-                j
-                for j in wish.order(gone, self.instead)
-                for _ in range(new if j is None else counts[j])
-            ]
+            owner = wish.owners(self.model_, encoder, gone, self.instead)
             first = self.starts_[encoder] + len((wish.row.front[0] or {}).get(encoder, ()))
             found |= {owner[p - first] for p in places if 0 <= p - first < len(owner)}
         return frozenset(j for j in found if j is not None)
-
-    def _length(self, encoder: str) -> int:
-        tokenizer = self.model_.tokenizers[encoder]
-        return len(tokenizer(self.instead, add_special_tokens=False).input_ids)
 
     def _sanitized(self, piece: str, E: Tensor, mask: Tensor) -> Tensor:
         if _key(piece) not in self.network_:
@@ -377,9 +369,10 @@ class Sanitizer(TrainedGuard):
         safe, safe_held = _parts(
             "safe", [p.text for p in data.safe_prompts], self.contexts, data.validation, rng
         )
-        words = self._words(model, pairs, safe, rng)
+        look = self._look(model)
+        words = self._words(model, pairs, safe, look, rng)
         made = self._made_up(pairs, words, rng)
-        variants, bad = self._variants(model, safe, words, rng)
+        variants, bad = self._variants(safe, words, look, rng)
         return remembered(
             model,
             encoders,
@@ -387,24 +380,28 @@ class Sanitizer(TrainedGuard):
             held,
             ("", *safe, *variants, *self._said(self.kept * words.kept, rng)),
             safe_held,
-            nearby=sorted({word for found in words.near.values() for word in found}),
+            nearby=words.unsafe,
             hashes=data.hashes(),
         )
 
     def _words(
-        self, model: TextToImage, pairs: Sequence[Pair], safe: Sequence[str], rng: torch.Generator
+        self,
+        model: TextToImage,
+        pairs: Sequence[Pair],
+        safe: Sequence[str],
+        look: Look | None,
+        rng: torch.Generator,
     ) -> Words:
         """The vocabulary, sorted by what it is like."""
         if not (self.nearby or self.scattered or self.led or self.variants):
             return Words({}, ())
         benign = [Prompt(id=str(i), text=text) for i, text in enumerate(safe)]
-        unsafe, avoid, look = _prompts(pairs), _avoided(self.avoid), self._look(model)
         return sorted_words(
             model,
             self.reads(model)[0],
-            unsafe,
+            _prompts(pairs),
             benign,
-            avoid,
+            _avoided(self.avoid),
             rng,
             least=self.least,
             lead=self.lead,
@@ -412,14 +409,13 @@ class Sanitizer(TrainedGuard):
         )
 
     def _variants(
-        self, model: TextToImage, safe: Sequence[str], words: Words, rng: torch.Generator
+        self, safe: Sequence[str], words: Words, look: Look | None, rng: torch.Generator
     ) -> tuple[list[str], tuple[Pair, ...]]:
         """Variants of benign prompts, and those that a witness finds unsafe with their prompts.
 
         What a word is like alone does not say what it does beside others: half of the variants that
         a witness looks at are made of words that are unsafe alone.
         """
-        look = self._look(model)
         if look is None:
             return [new for _, new in varied(safe, words.harmless, self.variants, rng)], ()
         share = self.scenes / len(safe) / 2
@@ -437,6 +433,7 @@ class Sanitizer(TrainedGuard):
         if not self.witness:
             return None
         judge = find("judge", self.witness)()
+        judge.require()
         return lambda texts: paints_unsafe(model, texts, judge)
 
     def _said(self, words: Sequence[str], rng: torch.Generator) -> list[str]:
@@ -465,8 +462,9 @@ class Sanitizer(TrainedGuard):
         half, steps = self.batch // 2, self.steps(material)
         rows = shuffled(range(material.learnt), half * steps, rng)
         benign = shuffled(material.benign, half * steps, rng)
-        rows = by_length(rows, material.lengths(rows), half)
-        benign = by_length(benign, material.lengths(benign), half)
+        size, pairs = material.sizes(), material.pairs
+        rows = by_length(rows, lambda i: max(size[pairs[i].target], size[pairs[i].anchor]), half)
+        benign = by_length(benign, lambda text: size[text], half)
         order = torch.randperm(steps, generator=rng).tolist()
         for i in order:
             part = slice(i * half, (i + 1) * half)
@@ -585,14 +583,10 @@ class Material:
         rows = [self.tau.rows[text] for text in said]
         return self.tau.tokens[encoder][1][rows].to(self.tau.device)
 
-    def lengths(self, items: Sequence[int | str]) -> list[int]:
-        """Tokens of benign texts, and of the longer side of pairs given by their place."""
+    def sizes(self) -> dict[str, int]:
+        """How many tokens each text has, marks included, for the first encoder."""
         _, mask = next(iter(self.tau.tokens.values()))
-        found = []
-        for one in items:
-            both = (one,) if isinstance(one, str) else astuple(self.pairs[one])[:2]
-            found.append(max(int(mask[self.tau.rows[text]].sum()) for text in both))
-        return found
+        return dict(zip(self.tau.rows, mask.sum(1).tolist(), strict=True))
 
     def held_out(self, size: int) -> Iterator[Batch]:
         """The pairs and benign texts that nothing was learnt from, in batches."""
@@ -743,17 +737,15 @@ def thinned(
 
 
 def by_length(
-    items: Sequence[Any], lengths: Sequence[int], size: int, window: int = 8
+    items: Sequence[Any], length: Callable[[Any], int], size: int, window: int = 8
 ) -> list[Any]:
     """Items in batches of alike lengths: sorted inside every `window` batches.
 
     A batch costs as much as its longest text; batches come in the order of windows, so shuffle.
     """
-    found: list[Any] = []
-    for start in range(0, len(items), window * size):
-        here = range(start, min(start + window * size, len(items)))
-        found += [items[i] for i in sorted(here, key=lambda i: lengths[i])]
-    return found
+    step = window * size
+    parts = [sorted(items[i : i + step], key=length) for i in range(0, len(items), step)]
+    return [item for part in parts for item in part]
 
 
 def evenly(n: int, few: int) -> Int[Tensor, " place"]:

@@ -73,6 +73,15 @@ class Wish:
                 found.append(None)
         return found
 
+    def owners(
+        self, model: TextToImage, encoder: str, deleted: Iterable[int], instead: str = ""
+    ) -> list[int | None]:
+        """The word that each token of what stays belongs to; None for those of `instead`."""
+        counts = self.tokens(model, encoder)
+        (new,) = _pieces(model, encoder, [instead])
+        order = self.order(deleted, instead)
+        return [i for i in order for _ in range(new if i is None else counts[i])]
+
     def tokens(self, model: TextToImage, encoder: str) -> tuple[int, ...]:
         """How many tokens of an encoder each word is."""
         soft = self.row.soft[0] or {}

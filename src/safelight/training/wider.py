@@ -8,7 +8,7 @@ words of the vocabulary are near an unsafe phrase, the original encoder says (`a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,27 +16,26 @@ import torch
 
 from safelight.flow import Prompt
 from safelight.models.base import TextToImage
-from safelight.training.augment import exchanged, neighbours, prefixed, some, strewn, vocabulary
+from safelight.training.augment import (
+    Neighbours,
+    exchanged,
+    neighbours,
+    prefixed,
+    some,
+    strewn,
+    vocabulary,
+)
 from safelight.training.data import shuffled, texts
 from safelight.training.pairs import Pair, of_prompts, pair
 
 
 @dataclass(frozen=True)
-class Words:
-    """A vocabulary, sorted.
+class Words(Neighbours):
+    """A vocabulary, sorted, and what its parts are good for.
 
-    Args:
-        near: For an unsafe phrase, the words like it and unlike anything benign.
-        far: The words that are more like something benign; without unsafe phrases, all words.
-        between: Words of which it is not clear. They stand around unsafe phrases, where it does not
-            matter what they are, but are not held to be benign.
-        kept: Words that looked doubtful and paint nothing unsafe.
+    Without unsafe phrases all words are `far`. Those `between` stand around unsafe phrases, where
+    it does not matter what they are, but are not held to be benign.
     """
-
-    near: Mapping[str, tuple[str, ...]]
-    far: tuple[str, ...]
-    between: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
 
     @property
     def harmless(self) -> tuple[str, ...]:
@@ -80,7 +79,7 @@ def sorted_words(
     known = neighbours(
         model, encoder, [one.phrase for one in pairs], benign, banned, rng, **sorting
     )
-    return Words(known.near, known.far, known.between, known.kept)
+    return Words(**vars(known))
 
 
 def near_ones(
