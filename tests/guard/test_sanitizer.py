@@ -8,7 +8,14 @@ import torch
 from safelight.errors import BadInput, Unsupported
 from safelight.guard.base import Guarded
 from safelight.guard.explain import POOLED, Explains, explained
-from safelight.guard.sanitizer import Network, Sanitizer, reached, scored, with_padding
+from safelight.guard.sanitizer import (
+    Network,
+    Sanitizer,
+    by_length,
+    reached,
+    scored,
+    with_padding,
+)
 from safelight.guard.trained import Fitted, load_guard
 from safelight.models.tiny import tiny
 from safelight.prompts import PromptSet
@@ -452,3 +459,13 @@ def test_targets_also_stand_behind_and_among_other_words(tiny_sd1, data):
         assert one.target.replace(one.phrase, "") == one.anchor.replace(
             pair(one.anchor, one.target).phrase, ""
         )
+
+
+def test_batches_hold_every_text_once_and_texts_of_like_length():
+    lengths = torch.randperm(96, generator=torch.Generator().manual_seed(0)).tolist()
+    found = by_length(range(96), lambda i: lengths[i], 4, window=8)
+    assert sorted(found) == list(range(96))
+    cost = [sum(4 * max(lengths[i] for i in order[k : k + 4]) for k in range(0, 96, 4))
+            for order in (found, range(96))]  # fmt: skip
+    assert cost[0] < 0.8 * cost[1]  # the control: as they come
+    assert sorted(found[:32]) == list(range(32))  # no further than a window: it stays random

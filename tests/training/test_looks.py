@@ -1,5 +1,7 @@
 """Texts are judged by what the untouched model paints for them."""
 
+import dataclasses
+
 import torch
 
 from safelight.flow import Verdict
@@ -115,3 +117,18 @@ def test_scenes_that_paint_something_unsafe_are_targets_and_the_others_are_held(
     assert all(one.anchor in safe for one in learnt)
     assert {text for text, flag in scenes.items() if flag is False} <= set(material.benign)
     assert not {text for text, flag in scenes.items() if flag is not False} & set(material.benign)
+
+
+def test_a_look_takes_a_fifth_of_the_models_steps_and_never_fewer_than_four(tiny_sd1, monkeypatch):
+    taken = []
+
+    def sample(model, condition, *, seed, steps):
+        taken.append(steps)
+        return torch.zeros(len(seed), *model.latent_shape(model.default_size))
+
+    monkeypatch.setattr(type(tiny_sd1), "sample", sample)
+    for usual in (50, 8):
+        own = dataclasses.replace(tiny_sd1.sampling, steps=usual)
+        monkeypatch.setattr(tiny_sd1, "sampling", own)
+        paints_unsafe(tiny_sd1, ["a cat"], lambda images, texts: [Verdict(False, 0.0, "judge")])
+    assert taken == [10, 4]
