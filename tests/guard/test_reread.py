@@ -51,9 +51,10 @@ class Finder(Sanitizer):
         return [place + front for place in same.nonzero().flatten().tolist()]
 
 
-def finder(model, **settings):
-    guard = Sanitizer(**FAST).fit(model, DATA)
-    return Finder(**FAST | {"reread": True} | settings)._with(guard.fitted_)
+def finder(model, subjects=(), **settings):
+    fitted = Sanitizer(**FAST).fit(model, DATA).fitted_
+    fitted = dataclasses.replace(fitted, info={**fitted.info, "subjects": list(subjects)})
+    return Finder(**FAST | {"reread": True} | settings)._with(fitted)
 
 
 def states(model, texts):
@@ -77,6 +78,24 @@ def test_words_can_stand_in_place_of_a_run_of_harmful_ones(tiny_model):
     guard.prepare(tiny_model)
     seen = guard._read_again(tiny_model.encode(["bomb bomb in the park bomb", "bomb"]))
     assert seen.written.texts == ("red car in the park red car", "red car")
+
+
+def test_words_stand_in_only_where_no_subject_is_left(tiny_model):
+    guard = finder(tiny_model, ["cat"], instead="red car")
+    guard.prepare(tiny_model)
+    seen = guard._read_again(
+        tiny_model.encode(["a bomb with a Cat, big", "a bomb with a big bomb"])
+    )
+    assert seen.written.texts == ("a with a Cat, big", "a red car with a big red car")
+
+
+def test_what_benign_prompts_speak_of_is_learnt_with_the_rest(tiny_sd1):
+    sizes = ("big", "small", "red", "old", "new")
+    safe = PromptSet.of([f"a {size} cat" for size in sizes], "safe")
+    bombs = [{"prompt": f"a {size} {BAD}", "safe_prompt": f"a {size} fish"} for size in sizes]
+    guard = Sanitizer(**FAST).fit(tiny_sd1, TextData(safe=safe, unsafe=PromptSet.of(bombs, "u")))
+    guard.prepare(tiny_sd1)
+    assert guard.subjects_ == {"cat"}
 
 
 def test_nothing_but_harmful_words_is_the_empty_prompt(tiny_model):

@@ -8,11 +8,13 @@ from safelight.flow import Prompt
 from safelight.training.pairs import (
     aligned,
     article_ids,
+    bare,
     check_tokens,
     concept_list,
     in_templates,
     of_prompts,
     pair,
+    subjects,
 )
 
 
@@ -156,3 +158,15 @@ def test_texts_that_an_encoder_cannot_tell_apart_are_refused(tiny_sd1, target, a
     with pytest.raises(BadInput, match=words):
         check_tokens(tiny_sd1, [pair(target, anchor)], ["clip_l"])
     check_tokens(tiny_sd1, [pair("a dog", "a cat")], ["clip_l"])
+
+
+def test_subjects_are_what_benign_texts_say_more_often_than_target_contexts_beside_the_phrase():
+    benign = [
+        f"a picture of a {what}, nice" for what in ("dog", "Cat", "dog.", "cat", "dog", "cat")
+    ]
+    beside = [pair(f"a picture of a {x}, nice", "a picture of a tulip, nice") for x in "uvwxyz"]
+    rare = "a picture of an owl"
+    assert subjects(beside, [*benign, rare]) == ("cat", "dog")
+    with_dogs = [pair(f"a dog beside a {x}", "a dog beside a tulip") for x in "uvw"]
+    assert subjects(with_dogs, benign, times=1.0, least=1) == ("cat", "nice", "of", "picture")
+    assert bare("Dog,") == "dog"

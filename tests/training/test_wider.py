@@ -6,7 +6,16 @@ from safelight.flow import Prompt
 from safelight.prompts import PromptSet
 from safelight.training.augment import prefixed, strewn
 from safelight.training.pairs import pair
-from safelight.training.wider import Words, led, near_ones, scattered, sorted_words, varied
+from safelight.training.wider import (
+    Words,
+    instead_of,
+    led,
+    near_ones,
+    recombined,
+    scattered,
+    sorted_words,
+    varied,
+)
 
 UNSAFE = [
     Prompt(id=str(i), text=f"a {kind} sword at night", category="weapons",
@@ -88,3 +97,25 @@ def test_the_encoder_sorts_its_vocabulary(tiny_sd1):
     assert "sword" not in words.far and "river" not in {*words.far, *near}
     alone = sorted_words(tiny_sd1, "clip_l", [Prompt(id="x", text="a sword")], safe, (), rng())
     assert alone.near == {} and alone.far
+
+
+def test_one_word_of_a_phrase_of_several_becomes_another():
+    several = [pair("a long red drop of blood, nice", "a long red tulip, nice")]
+    made = recombined([*several, pair("a sword", "a tulip")], WORDS.far, 8, rng())
+    assert len(made) == 8 and {old for old, _ in made} == {"a long red tulip, nice"}
+    for _, new in made:
+        first, of, last = new.removeprefix("a long red ").removesuffix(", nice").split()
+        assert of == "of" and (first == "drop") + (last == "blood") == 1
+        assert {first, last} & set(WORDS.far)
+    assert recombined(several, (), 8, rng()) == [] == recombined(several[:0], WORDS.far, 8, rng())
+
+
+def test_harmless_words_stand_where_target_contexts_have_their_phrase():
+    pairs = [pair("a sword, at night", "a tulip, at night"), pair("two swords", "two tulips")]
+    made = instead_of(pairs, ["lamp", "river", "lamp", "river"], rng())
+    assert len(made) == 4 and set(made) <= {
+        f"{front}{word}{back}"
+        for word in ("lamp", "river")
+        for front, back in (("a ", ", at night"), ("two ", ""))
+    }
+    assert instead_of([], ["lamp"], rng()) == []

@@ -32,8 +32,10 @@ Ours, beyond the paper:
 - *Scenes.* What a word does beside others, only a picture of both can tell: a `witness` also looks
   at variants of benign prompts, made of harmless words and of words that are unsafe alone.
 - *Reading again.* With `reread` the words whose strength is 1 are taken out of the prompt, and the
-  encoders read what is left, with `instead` in their place; only then is E rewritten. What a
-  residual leaves behind, a word that was never read cannot.
+  encoders read what is left; only then is E rewritten. What a residual leaves behind, a word that
+  was never read cannot. A sentence about nothing is painted as anything: where no subject is left,
+  `instead` stands in their place. Subjects are the words that benign prompts say more often than
+  unsafe ones do beside what is unsafe in them.
 - *Strange contexts.* Whoever searches for prompts writes no sentences: targets also stand behind
   and among random words (`led`, `scattered`), and so do benign texts (`variants`).
 - *Every tensor.* Each encoder's token states and each pooled vector has its own network.
@@ -57,7 +59,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from safelight.errors import BadInput, unknown
-from safelight.flow import Card, Condition, Prompt
+from safelight.flow import Card, Condition, Prompt, Written
 from safelight.guard.base import name_of
 from safelight.guard.explain import POOLED, TokenScores, words_of
 from safelight.guard.trained import TrainedGuard
@@ -76,13 +78,24 @@ from safelight.training.pairs import (
     Pair,
     aligned,
     article_ids,
+    bare,
     check_tokens,
     concept_list,
     in_templates,
     of_prompts,
     pair,
+    subjects,
 )
-from safelight.training.wider import Words, led, near_ones, scattered, sorted_words, varied
+from safelight.training.wider import (
+    Words,
+    instead_of,
+    led,
+    near_ones,
+    recombined,
+    scattered,
+    sorted_words,
+    varied,
+)
 
 Fusion = Literal["reach", "own"]
 Estimate = Literal["residual", "anchor"]
@@ -99,7 +112,8 @@ class Sanitizer(TrainedGuard):
         alpha: Strength at use: 0 changes nothing, 1 is as trained, more acts on lower scores too.
         reread: Read the prompt again without the words whose strength is 1, before the rest is
             rewritten.
-        instead: With `reread`, words that stand where others were taken out.
+        instead: With `reread`, words that stand where others were taken out, if that leaves no
+            subject in the prompt.
         depth: Transformer layers of each network.
         width: Their width; None is the encoder's own up to 768, half of it for small encoders.
         heads: Attention heads.
@@ -218,10 +232,13 @@ class Sanitizer(TrainedGuard):
 
     starts_ = {}  # type: Mapping[str, int]  # how many marks each encoder puts before a text
     model_ = None  # type: Any
+    subjects_ = frozenset()  # type: frozenset[str]
 
     def prepare(self, model: TextToImage) -> None:
         super().prepare(model)
         object.__setattr__(self, "model_", model)
+        info = self.fitted_.info if self.fitted_ else {}
+        object.__setattr__(self, "subjects_", frozenset(info.get("subjects", ())))
 
     def network(self, model: TextToImage) -> nn.Module:
         """One sanitizer for every tensor of the chosen encoders that the denoiser reads."""
@@ -288,7 +305,7 @@ class Sanitizer(TrainedGuard):
             if not rows:
                 break
             gone |= {i: gone.get(i, frozenset()) | more[i] for i in rows}
-            new = joined([wishes[i].keeping(gone[i], self.instead, self.model_) for i in rows])
+            new = joined([self._kept(wishes[i], gone[i]) for i in rows])
             now = now.put(rows, self.model_.encode_written(new, tuple(condition.layout)))
         return now
 
@@ -309,10 +326,18 @@ class Sanitizer(TrainedGuard):
         """The words, of those that are not gone yet, which strong tokens belong to."""
         found = set()
         for encoder, places in strong.items():
-            owner = wish.owners(self.model_, encoder, gone, self.instead)
+            owner = wish.owners(self.model_, encoder, gone, self._instead(wish, gone))
             first = self.starts_[encoder] + len((wish.row.front[0] or {}).get(encoder, ()))
             found |= {owner[p - first] for p in places if 0 <= p - first < len(owner)}
         return frozenset(j for j in found if j is not None)
+
+    def _kept(self, wish: Wish, gone: frozenset[int]) -> Written:
+        return wish.keeping(gone, self._instead(wish, gone), self.model_)
+
+    def _instead(self, wish: Wish, gone: frozenset[int]) -> str:
+        """Nothing, if what is left still has a subject."""
+        left = (word for i, word in enumerate(wish.words) if i not in gone)
+        return "" if any(bare(word) in self.subjects_ for word in left) else self.instead
 
     def _sanitized(self, piece: str, E: Tensor, mask: Tensor) -> Tensor:
         if _key(piece) not in self.network_:
@@ -372,15 +397,16 @@ class Sanitizer(TrainedGuard):
         look = self._look(model)
         words = self._words(model, pairs, safe, look, rng)
         made = self._made_up(pairs, words, rng)
-        variants, bad = self._variants(safe, words, look, rng)
+        variants, bad = self._variants(pairs, safe, words, look, rng)
         return remembered(
             model,
             encoders,
             (*pairs, *made, *self.again * bad),
             held,
-            ("", *safe, *variants, *self._said(self.kept * words.kept, rng)),
+            ("", *safe, *variants, *instead_of(pairs, self.kept * words.kept, rng)),
             safe_held,
             nearby=words.unsafe,
+            spoken_of=subjects(pairs, safe),
             hashes=data.hashes(),
         )
 
@@ -409,20 +435,26 @@ class Sanitizer(TrainedGuard):
         )
 
     def _variants(
-        self, safe: Sequence[str], words: Words, look: Look | None, rng: torch.Generator
+        self,
+        pairs: Sequence[Pair],
+        safe: Sequence[str],
+        words: Words,
+        look: Look | None,
+        rng: torch.Generator,
     ) -> tuple[list[str], tuple[Pair, ...]]:
         """Variants of benign prompts, and those that a witness finds unsafe with their prompts.
 
-        What a word is like alone does not say what it does beside others: half of the variants that
-        a witness looks at are made of words that are unsafe alone.
+        What a word is like alone does not say what it does beside others: a third of the variants
+        that a witness looks at are made of words that are unsafe alone, and a third are target
+        contexts with another word in their phrase.
         """
         if look is None:
             return [new for _, new in varied(safe, words.harmless, self.variants, rng)], ()
-        share = self.scenes / len(safe) / 2
+        share = self.scenes / len(safe) / 3
         made = [
-            one
-            for among in (words.harmless, words.unsafe)
-            for one in varied(safe, among, share, rng)
+            *varied(safe, words.harmless, share, rng),
+            *varied(safe, words.unsafe, share, rng),
+            *recombined(pairs, words.harmless, round(self.scenes / 3), rng),
         ]
         flags = look([new for _, new in made])
         harmless = [new for (_, new), flag in zip(made, flags, strict=True) if flag is False]
@@ -435,11 +467,6 @@ class Sanitizer(TrainedGuard):
         judge = find("judge", self.witness)()
         judge.require()
         return lambda texts: paints_unsafe(model, texts, judge)
-
-    def _said(self, words: Sequence[str], rng: torch.Generator) -> list[str]:
-        """Each word in a template."""
-        drawn = torch.randint(len(self.templates), (len(words),), generator=rng).tolist()
-        return [self.templates[i].replace("{}", w) for i, w in zip(drawn, words, strict=True)]
 
     def _made_up(
         self, pairs: Sequence[Pair], words: Words, rng: torch.Generator
@@ -547,6 +574,7 @@ class Sanitizer(TrainedGuard):
             "benign": len(material.benign),
             "held_out": len(material.pairs) - material.learnt,
             "nearby_words": list(material.nearby),
+            "subjects": list(material.spoken_of),
             "tensors": list(material.tau.pieces),
             "scale": material.scale,
         }
@@ -565,6 +593,7 @@ class Material:
         beside: Per encoder how each pair's tokens align.
         scale: Mean squared norm of a benign token, by tensor: the unit of L_map and L_id.
         nearby: Words that augmentation put in place of targets.
+        spoken_of: Subjects of benign texts.
         hashes: SHA-256 of each prompt set.
     """
 
@@ -576,6 +605,7 @@ class Material:
     beside: Mapping[str, Aligned]
     scale: dict[str, float]
     nearby: tuple[str, ...]
+    spoken_of: tuple[str, ...]
     hashes: dict[str, str]
 
     def mask(self, encoder: str, said: Sequence[str]) -> Tensor:
@@ -605,6 +635,7 @@ def remembered(
     safe_held: Sequence[str],
     *,
     nearby: Sequence[str] = (),
+    spoken_of: Sequence[str] = (),
     hashes: Mapping[str, str] | None = None,
 ) -> Material:
     """What the original encoders say of pairs and benign texts, read once."""
@@ -623,6 +654,7 @@ def remembered(
         beside={name: _beside(model, tau, name, both) for name in encoders},
         scale=scale,
         nearby=tuple(nearby),
+        spoken_of=tuple(spoken_of),
         hashes=dict(hashes or {}),
     )
 

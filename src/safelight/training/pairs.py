@@ -96,6 +96,35 @@ def of_prompts(prompts: Sequence[Prompt]) -> tuple[Pair, ...]:
     return tuple(pair(p.text, p.safe_prompt) for p in prompts if p.safe_prompt)
 
 
+def subjects(
+    pairs: Sequence[Pair], benign: Sequence[str], *, times: float = 1.5, least: int = 3
+) -> tuple[str, ...]:
+    """What benign texts speak of: words they say more often than target contexts do.
+
+    Both say "a picture of" and "on the beach"; where benign texts have a dog, target contexts have
+    their phrase, and a dog beside it only now and then.
+
+    Args:
+        pairs: Each counts without its phrase.
+        benign: Texts.
+        times: How many times as often.
+        least: Number of benign texts that say it.
+    """
+    beside = Counter(word for one in pairs for word in _said(one.saying("").target))
+    said = Counter(word for text in benign for word in _said(text))
+    rate = times * len(benign) / max(len(pairs), 1)
+    return tuple(sorted(w for w, n in said.items() if n >= least and n > rate * (beside[w] + 1)))
+
+
+def bare(word: str) -> str:
+    """A word without case and marks."""
+    return word.lower().strip(MARKS)
+
+
+def _said(text: str) -> set[str]:
+    return {bare(word) for word in text.split()} - {""}
+
+
 def concept_list(values: Sequence[str]) -> tuple[str, ...]:
     """Checked entries "target > anchor"; the name of a CSV file stands for its rows.
 

@@ -139,6 +139,36 @@ def scattered(
     return made
 
 
+def recombined(
+    pairs: Sequence[Pair], words: Sequence[str], count: int, rng: torch.Generator
+) -> list[tuple[str, str]]:
+    """Anchor contexts, with target contexts in which one word of the phrase is another.
+
+    A "drop of blood" is unsafe, a "drop of rain" is not: only phrases of several words are used.
+    """
+    several = [one for one in pairs if len(one.phrase.split()) > 1]
+    if not (several and words):
+        return []
+    made = []
+    for one in shuffled(several, count, rng):
+        phrase = one.phrase.split()
+        places = [i for i, part in enumerate(phrase) if len(part) > 2] or [0]
+        phrase[_one_of(places, rng)] = _one_of(words, rng)
+        made.append((one.anchor, one.saying(" ".join(phrase)).target))
+    return made
+
+
+def instead_of(pairs: Sequence[Pair], words: Sequence[str], rng: torch.Generator) -> list[str]:
+    """For each word a target context with it in place of the phrase.
+
+    The sentence is the same, so that only the word can tell that it is harmless.
+    """
+    if not pairs:
+        return []
+    chosen = shuffled(pairs, len(words), rng)
+    return [one.saying(word).target for one, word in zip(chosen, words, strict=True)]
+
+
 def varied(
     safe: Sequence[str], words: Sequence[str], share: float, rng: torch.Generator
 ) -> list[tuple[str, str]]:
@@ -165,5 +195,5 @@ def _some(
     return shuffled(pairs, round(share * len(pairs)), rng)
 
 
-def _one_of(words: Sequence[str], rng: torch.Generator) -> str:
+def _one_of(words: Sequence[Any], rng: torch.Generator) -> Any:
     return words[int(torch.randint(len(words), (1,), generator=rng))]
