@@ -26,10 +26,11 @@ from pathlib import Path
 import torch
 
 from safelight.flow import Prompt
-from safelight.guard.sanitizer import Material, Sanitizer, remembered
+from safelight.guard.sanitizer import Sanitizer
 from safelight.models.load import load
 from safelight.names import table
 from safelight.prompts import PromptSet
+from safelight.training.contexts import Material, remembered
 from safelight.training.data import TextData
 from safelight.training.pairs import of_prompts, pair
 

@@ -8,17 +8,12 @@ import torch
 from safelight.errors import BadInput, Unsupported
 from safelight.guard.base import Guarded
 from safelight.guard.explain import POOLED, Explains, explained
-from safelight.guard.sanitizer import (
-    Network,
-    Sanitizer,
-    by_length,
-    reached,
-    scored,
-    with_padding,
-)
+from safelight.guard.sanitizer import Sanitizer
+from safelight.guard.tokenwise import Network, reached, scored, with_padding
 from safelight.guard.trained import Fitted, load_guard
 from safelight.models.tiny import tiny
 from safelight.prompts import PromptSet
+from safelight.training.contexts import by_length
 from safelight.training.data import TextData
 from safelight.training.pairs import pair
 

@@ -48,37 +48,34 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from safelight.errors import BadInput, unknown
-from safelight.flow import Card, Condition, Prompt, Written
+from safelight.flow import Card, Condition, Prompt
 from safelight.guard.base import name_of
 from safelight.guard.explain import POOLED, TokenScores, words_of
+from safelight.guard.tokenwise import Network, fused, reached, scored, with_padding
 from safelight.guard.trained import TrainedGuard
-from safelight.guard.wording import Wish, joined, wished
+from safelight.guard.wording import Rereading
 from safelight.models.base import TextToImage
 from safelight.names import find, table
 from safelight.prompts import PromptSet
 from safelight.training.augment import Look
+from safelight.training.contexts import Batch, Material, by_length, remembered, thinned
 from safelight.training.data import TextData, shuffled
 from safelight.training.descent import Loss
-from safelight.training.embedding import Reference, remember
 from safelight.training.looks import paints_unsafe
 from safelight.training.pairs import (
     TEMPLATES,
-    Aligned,
     Pair,
-    aligned,
-    article_ids,
-    bare,
     check_tokens,
     concept_list,
     in_templates,
@@ -100,7 +97,6 @@ from safelight.training.wider import (
 Fusion = Literal["reach", "own"]
 Estimate = Literal["residual", "anchor"]
 Supervision = Literal["target", "shift", "none"]
-READINGS = 3  # a word may be found harmful only once its neighbours are gone
 SMALL = 512  # encoders narrower than this are toys: wider steps, narrower networks
 
 
@@ -230,7 +226,7 @@ class Sanitizer(TrainedGuard):
 
     # What acts
 
-    starts_ = {}  # type: Mapping[str, int]  # how many marks each encoder puts before a text
+    starts_ = {}  # type: dict[str, int]  # how many marks each encoder puts before a text
     model_ = None  # type: Any
     subjects_ = frozenset()  # type: frozenset[str]
 
@@ -290,24 +286,8 @@ class Sanitizer(TrainedGuard):
                 "sanitizer with reread encodes prompts again, which would undo the guards before "
                 "it; name it before guards that edit the text states."
             )
-        wishes: dict[int, Wish] = {}
-        gone: dict[int, frozenset[int]] = {}
-        now = condition
-        for _ in range(READINGS):
-            strong = self._strong(now)
-            for i in strong:
-                row = condition.written.rows([i])
-                wishes.setdefault(i, wished(self.model_, row, condition.prompts[i]))
-            more = {
-                i: self._harmful(wishes[i], gone.get(i, frozenset()), strong[i]) for i in strong
-            }
-            rows = [i for i, words in more.items() if words]
-            if not rows:
-                break
-            gone |= {i: gone.get(i, frozenset()) | more[i] for i in rows}
-            new = joined([self._kept(wishes[i], gone[i]) for i in rows])
-            now = now.put(rows, self.model_.encode_written(new, tuple(condition.layout)))
-        return now
+        again = Rereading(self.model_, self.starts_, self.instead, self.subjects_)
+        return again.read(condition, self._strong)
 
     @torch.no_grad()
     def _strong(self, condition: Condition) -> dict[int, dict[str, list[int]]]:
@@ -319,25 +299,6 @@ class Sanitizer(TrainedGuard):
                 for i, place in (self.alpha * s >= 1).nonzero().tolist():
                     found.setdefault(i, {}).setdefault(encoder, []).append(place)
         return found
-
-    def _harmful(
-        self, wish: Wish, gone: frozenset[int], strong: Mapping[str, Sequence[int]]
-    ) -> frozenset[int]:
-        """The words, of those that are not gone yet, which strong tokens belong to."""
-        found = set()
-        for encoder, places in strong.items():
-            owner = wish.owners(self.model_, encoder, gone, self._instead(wish, gone))
-            first = self.starts_[encoder] + len((wish.row.front[0] or {}).get(encoder, ()))
-            found |= {owner[p - first] for p in places if 0 <= p - first < len(owner)}
-        return frozenset(j for j in found if j is not None)
-
-    def _kept(self, wish: Wish, gone: frozenset[int]) -> Written:
-        return wish.keeping(gone, self._instead(wish, gone), self.model_)
-
-    def _instead(self, wish: Wish, gone: frozenset[int]) -> str:
-        """Nothing, if what is left still has a subject."""
-        left = (word for i, word in enumerate(wish.words) if i not in gone)
-        return "" if any(bare(word) in self.subjects_ for word in left) else self.instead
 
     def _sanitized(self, piece: str, E: Tensor, mask: Tensor) -> Tensor:
         if _key(piece) not in self.network_:
@@ -580,236 +541,6 @@ class Sanitizer(TrainedGuard):
         }
 
 
-@dataclass(frozen=True)
-class Material:
-    """What stays constant while learning.
-
-    Args:
-        pairs: Pairs to learn from, then pairs to check with.
-        learnt: How many of them are to learn from.
-        benign: Texts that must not change, "" and variants included.
-        held: Benign texts to check with.
-        tau: The original encoders' readings.
-        beside: Per encoder how each pair's tokens align.
-        scale: Mean squared norm of a benign token, by tensor: the unit of L_map and L_id.
-        nearby: Words that augmentation put in place of targets.
-        spoken_of: Subjects of benign texts.
-        hashes: SHA-256 of each prompt set.
-    """
-
-    pairs: tuple[Pair, ...]
-    learnt: int
-    benign: tuple[str, ...]
-    held: tuple[str, ...]
-    tau: Reference
-    beside: Mapping[str, Aligned]
-    scale: dict[str, float]
-    nearby: tuple[str, ...]
-    spoken_of: tuple[str, ...]
-    hashes: dict[str, str]
-
-    def mask(self, encoder: str, said: Sequence[str]) -> Tensor:
-        """1 where a token is content or end mark."""
-        rows = [self.tau.rows[text] for text in said]
-        return self.tau.tokens[encoder][1][rows].to(self.tau.device)
-
-    def sizes(self) -> dict[str, int]:
-        """How many tokens each text has, marks included, for the first encoder."""
-        _, mask = next(iter(self.tau.tokens.values()))
-        return dict(zip(self.tau.rows, mask.sum(1).tolist(), strict=True))
-
-    def held_out(self, size: int) -> Iterator[Batch]:
-        """The pairs and benign texts that nothing was learnt from, in batches."""
-        rows = torch.arange(self.learnt, len(self.pairs))
-        for i in range(0, len(rows), size):
-            benign = self.held[i : i + size] or self.held[:1]
-            yield Batch(rows[i : i + size], tuple(benign), self)
-
-
-def remembered(
-    model: TextToImage,
-    encoders: Sequence[str],
-    pairs: Sequence[Pair],
-    held: Sequence[Pair],
-    benign: Sequence[str],
-    safe_held: Sequence[str],
-    *,
-    nearby: Sequence[str] = (),
-    spoken_of: Sequence[str] = (),
-    hashes: Mapping[str, str] | None = None,
-) -> Material:
-    """What the original encoders say of pairs and benign texts, read once."""
-    both = (*pairs, *held)
-    every = [*benign, *safe_held, *(text for p in both for text in (p.target, p.anchor))]
-    tau = remember(model, every, encoders)
-    scale = {
-        piece: seen.states.square().sum(-1).mean().item() for piece, seen in tau(benign).items()
-    }
-    return Material(
-        pairs=both,
-        learnt=len(pairs),
-        benign=tuple(benign),
-        held=tuple(safe_held),
-        tau=tau,
-        beside={name: _beside(model, tau, name, both) for name in encoders},
-        scale=scale,
-        nearby=tuple(nearby),
-        spoken_of=tuple(spoken_of),
-        hashes=dict(hashes or {}),
-    )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pairs by their place in the material, and benign texts, of one step."""
-
-    rows: Int[Tensor, " pair"]
-    benign: tuple[str, ...]
-    material: Material
-
-
-# The network
-
-
-class Network(nn.Module):
-    """Scores and residual of one tensor: a pre-norm transformer with two heads.
-
-    Args:
-        dim: Width of the tensor.
-        width: Width of the transformer.
-        estimate: D itself ("residual"), or a gain times what an estimate of the anchor lacks.
-    """
-
-    def __init__(self, dim: int, width: int, depth: int, heads: int, estimate: str) -> None:
-        super().__init__()
-        self.enter = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.score = nn.Linear(width, 1)
-        nn.init.constant_(self.score.bias, -2.0)  # most tokens are harmless
-        self.move = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, dim))
-        self.gain = nn.Parameter(torch.zeros(dim)) if estimate == "anchor" else None
-        if self.gain is None:
-            last: Any = self.move[-1]
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-
-    def forward(
-        self, E: Float[Tensor, "batch token dim"], own: Bool[Tensor, "batch token"]
-    ) -> tuple[Float[Tensor, "batch token"], Float[Tensor, "batch token dim"]]:
-        """s, zero outside `own`, and D."""
-        seen = own.clone()
-        seen[:, 0] = True  # an empty text has to look at something
-        h = self.enter(E)
-        for block in self.blocks:
-            h = block(h, seen)
-        h = self.norm(h)
-        s = torch.sigmoid(self.score(h)[..., 0]) * own
-        size = E.square().mean(-1, keepdim=True).sqrt()  # the last layer works in units of it
-        if self.gain is None:
-            return s, size * self.move(h)
-        return s, self.gain * (size * self.move(h) - E)
-
-
-class Block(nn.Module):
-    """Attention and an MLP, each behind a layer norm."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.before = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.join = nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
-
-    def forward(
-        self, h: Float[Tensor, "batch token width"], seen: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch token width"]:
-        parts = self.qkv(self.before(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = parts.unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
-        h = h + self.join(mixed.transpose(1, 2).flatten(2))
-        return h + self.mlp(h)
-
-
-def scored(mask: Int[Tensor, "batch _"], start: int, tokens: int) -> Bool[Tensor, "batch {tokens}"]:
-    """Which tokens have a score: content and end mark, but nothing of a text without content.
-
-    A pooled vector (`tokens` is 1) has one if its text has content.
-    """
-    some = mask.sum(1, keepdim=True) > start + 1
-    if tokens == 1:
-        return some
-    own = mask.bool() & some
-    own[:, :start] = False
-    return own
-
-
-def thinned(
-    mask: Int[Tensor, "batch token"], rng: torch.Generator | None, kept: int = 4
-) -> tuple[Int[Tensor, " place"], Float[Tensor, " place"]]:
-    """All places up to the longest text's end, and a few after it that stand for the rest.
-
-    Args:
-        rng: Draws those few, so that in time all are seen; None spaces them evenly.
-
-    Returns:
-        The places, and how many each stands for.
-    """
-    longest = int(mask.sum(1).max())
-    rest = mask.shape[1] - longest
-    few = min(kept, rest)
-    after = torch.randperm(rest, generator=rng)[:few].sort()[0] if rng else evenly(rest, few)
-    places = torch.cat([torch.arange(longest), longest + after])
-    counts = torch.ones(len(places))
-    counts[longest:] = rest / max(few, 1)
-    return places.to(mask.device), counts.to(mask.device)
-
-
-def by_length(
-    items: Sequence[Any], length: Callable[[Any], int], size: int, window: int = 8
-) -> list[Any]:
-    """Items in batches of alike lengths: sorted inside every `window` batches.
-
-    A batch costs as much as its longest text; batches come in the order of windows, so shuffle.
-    """
-    step = window * size
-    parts = [sorted(items[i : i + step], key=length) for i in range(0, len(items), step)]
-    return [item for part in parts for item in part]
-
-
-def evenly(n: int, few: int) -> Int[Tensor, " place"]:
-    """`few` of `n` places at equal distances."""
-    return (2 * torch.arange(few) + 1) * n // max(2 * few, 1)
-
-
-def with_padding(
-    s: Float[Tensor, "batch token"], mask: Int[Tensor, "batch token"]
-) -> Float[Tensor, "batch token"]:
-    """Scores, those of padding being the end mark's."""
-    end = s.gather(1, (mask.sum(1, keepdim=True) - 1).long())
-    return torch.where(mask.bool(), s, end)
-
-
-def reached(
-    s: Float[Tensor, "batch token"], mask: Int[Tensor, "batch token"], *, causal: bool
-) -> Float[Tensor, "batch token"]:
-    """The highest score that each token has seen: up to it, or anywhere in a text read at once."""
-    return s.cummax(1).values if causal else s.amax(1, keepdim=True).expand_as(s)
-
-
-def fused(
-    E: Float[Tensor, "batch token dim"],
-    g: Float[Tensor, "batch token"],
-    D: Float[Tensor, "batch token dim"],
-) -> Float[Tensor, "batch token dim"]:
-    """E + g * D; where g is 0 every bit of E stays."""
-    g = g[..., None]
-    return torch.where(g > 0, (E.float() + g * D).to(E.dtype), E)
-
-
 # Small things
 
 
@@ -849,13 +580,6 @@ def _parts(
 
 def _prompts(pairs: Sequence[Pair]) -> list[Prompt]:
     return [Prompt(id=str(i), text=p.target, safe_prompt=p.anchor) for i, p in enumerate(pairs)]
-
-
-def _beside(model: TextToImage, tau: Reference, encoder: str, pairs: Sequence[Pair]) -> Aligned:
-    """How the tokens of each pair align for one encoder."""
-    ids, mask = tau.tokens[encoder]
-    u, a = ([tau.rows[getattr(p, side)] for p in pairs] for side in ("target", "anchor"))
-    return aligned(ids[u], mask[u], ids[a], mask[a], article_ids(model, encoder))
 
 
 def _placed(E: Tensor, goal: Int[Tensor, "batch token"], whole: bool) -> Tensor:

@@ -7,16 +7,21 @@ keeps its embeddings, so that gradients reach those that stay.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safelight.flow import Written
+from safelight.flow import Condition, Written
 from safelight.models.base import TextToImage
 from safelight.models.soft import PLACEHOLDER, without
+from safelight.training.pairs import bare
+
+READINGS = 3  # a word may be found harmful only once its neighbours are gone
+
+Places = Mapping[int, Mapping[str, Sequence[int]]]
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,67 @@ class Wish:
         new = value[:0] if instead is None else instead
         order = self.order(gone, PLACEHOLDER)
         return torch.cat([new if i is None else parts[i] for i in order])
+
+
+@dataclass(frozen=True)
+class Rereading:
+    """How prompts are read again without the words that somebody finds harmful.
+
+    Args:
+        model: Whose encoders read.
+        starts: How many marks each encoder puts before a text.
+        instead: Words that stand where others were taken out, if no subject is left.
+        subjects: Words about which a prompt can be.
+    """
+
+    model: TextToImage
+    starts: Mapping[str, int]
+    instead: str = ""
+    subjects: frozenset[str] = frozenset()
+
+    def read(self, condition: Condition, harmful: Callable[[Condition], Places]) -> Condition:
+        """Prompts without their harmful words, until none is found or `READINGS` are over.
+
+        Args:
+            condition: As the encoders said it: `written` is there.
+            harmful: By row and encoder the places of harmful tokens.
+        """
+        assert condition.written is not None
+        wishes: dict[int, Wish] = {}
+        gone: dict[int, frozenset[int]] = {}
+        now = condition
+        for _ in range(READINGS):
+            more = {}
+            for i, places in harmful(now).items():
+                row = condition.written.rows([i])
+                wishes.setdefault(i, wished(self.model, row, condition.prompts[i]))
+                more[i] = self._words(wishes[i], gone.get(i, frozenset()), places)
+            rows = [i for i, words in more.items() if words]
+            if not rows:
+                break
+            gone |= {i: gone.get(i, frozenset()) | more[i] for i in rows}
+            new = joined([self._left(wishes[i], gone[i]) for i in rows])
+            now = now.put(rows, self.model.encode_written(new, tuple(condition.layout)))
+        return now
+
+    def _words(
+        self, wish: Wish, gone: frozenset[int], places: Mapping[str, Sequence[int]]
+    ) -> frozenset[int]:
+        """The words, of those that are not gone yet, to which tokens belong."""
+        found = set()
+        for encoder, tokens in places.items():
+            owner = wish.owners(self.model, encoder, gone, self._instead(wish, gone))
+            first = self.starts[encoder] + len((wish.row.front[0] or {}).get(encoder, ()))
+            found |= {owner[t - first] for t in tokens if 0 <= t - first < len(owner)}
+        return frozenset(j for j in found if j is not None)
+
+    def _left(self, wish: Wish, gone: frozenset[int]) -> Written:
+        return wish.keeping(gone, self._instead(wish, gone), self.model)
+
+    def _instead(self, wish: Wish, gone: frozenset[int]) -> str:
+        """Nothing, if what is left still has a subject."""
+        left = (word for i, word in enumerate(wish.words) if i not in gone)
+        return "" if any(bare(word) in self.subjects for word in left) else self.instead
 
 
 def wished(model: TextToImage, row: Written, words: str) -> Wish:
