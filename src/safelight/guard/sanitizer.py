@@ -380,7 +380,7 @@ class Sanitizer(TrainedGuard):
         rng: torch.Generator,
     ) -> Words:
         """The vocabulary, sorted by what it is like."""
-        if not (self.nearby or self.scattered or self.led or self.variants):
+        if not (look or self.nearby or self.scattered or self.led or self.variants):
             return Words({}, ())
         benign = [Prompt(id=str(i), text=text) for i, text in enumerate(safe)]
         return sorted_words(
