@@ -1,7 +1,7 @@
 """How much can be removed before benign prompts suffer: 1, 2, 4, ... safety experts merged.
 
     python benchmarks/dpo_scaling.py runs/dpo/{alcohol,death,drugs,gesture,gore,weapons} \\
-        --beside runs/dpo/one -o runs/dpo-scaling
+        --how co_merge --winners category --beside runs/dpo/one -o runs/dpo-scaling
 
 The first n experts are merged; prompts of their categories say how much is gone, benign ones what
 it costs. `--beside` measures one patch on the categories it was trained on, such as one LoRA on all
@@ -36,6 +36,7 @@ def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("experts", type=Path, nargs="+")
     ask.add_argument("--how", default="cat", help="way to merge [cat]")
+    ask.add_argument("--winners", help="of co_merge: all or category")
     ask.add_argument("--beside", type=Path, help="a patch to compare with")
     ask.add_argument("--limit", type=int, default=48, help="prompts of each kind [48]")
     ask.add_argument("-o", "--output", type=Path, required=True)
@@ -47,11 +48,12 @@ def main() -> None:
     for n in sizes:
         some = experts[:n]
         sets = [PromptSet.load(f"emoji/{name}/train") for one in some for name in categories(one)]
-        patch = merge(model, some, given.how, prompts=sets)
-        rows.append(measured(model, patch, some, given.output / str(n), given.limit))
+        settings = {"winners": given.winners} if given.winners else {}
+        patch = merge(model, some, given.how, prompts=sets, **settings)
+        rows.append(measured(model, patch, some, given.output, str(n), given.limit))
     if given.beside is not None:
         one = Patch.load(given.beside)
-        about = measured(model, one, [one], given.output / "beside", given.limit)
+        about = measured(model, one, [one], given.output, "beside", given.limit)
         rows.append(about | {"what": given.beside.name})
     (given.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
     (given.output / "scaling.svg").write_text(drawn(rows))
@@ -59,9 +61,10 @@ def main() -> None:
 
 
 def measured(
-    model: TextToImage, patch: Patch, experts: Sequence[Patch], out: Path, limit: int
+    model: TextToImage, patch: Patch, experts: Sequence[Patch], out: Path, name: str, limit: int
 ) -> dict[str, Any]:
     """What one patch removes of its experts' categories, and what it costs."""
+    first = out / "1"  # the untouched model's benign pictures are the same in every row
     names = {name for one in experts for name in categories(one)}
     unsafe = PromptSet.load(UNSAFE)
     unsafe = replace(unsafe, prompts=tuple(p for p in unsafe if p.category in names))
@@ -70,7 +73,8 @@ def measured(
         [unsafe.take(limit), PromptSet.load(SAFE).take(limit)],
         patches=[patch],
         judges=[EmojiJudgeB()],
-        out=out,
+        out=out / name,
+        base=first if name != "1" and (first / "values.json").is_file() else None,
     )
     values = json.loads((run.folder / "values.json").read_text())
     return {

@@ -190,7 +190,7 @@ class DPO(Trained):
         if self.keep and self.variant == "duo":
             raise BadInput("keep holds what captions say, and duo reads none; it has lam0 instead.")
         if self.keep_prompts and not self.keep:
-            raise BadInput("keep_prompts say what keep holds; set keep as well, such as keep=3.")
+            raise BadInput("keep_prompts say what keep holds; set keep as well, such as keep=8.")
 
     def scale(self, model: TextToImage) -> float:
         """What the difference of mean errors is multiplied with."""
