@@ -88,7 +88,7 @@ def measured(
 
 def figure(values: Sequence[dict[str, Any]], metric: str, prompts: str) -> list[float]:
     """Value and interval."""
-    row = next(v for v in values if v["metric"] == metric and v["prompts"] == prompts)
+    row = next(v for v in values if v["metric"] == metric and v["prompts"].startswith(prompts))
     return [round(row[key], 4) for key in ("value", "low", "high")]
 
 
