@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from safelight.align import dpo
 from safelight.align.base import Checkpoint
 from safelight.align.dpo import DPO, safeguard
 from safelight.errors import BadInput, Unsupported, WorkFailed
@@ -78,7 +79,7 @@ def swapped(batch):
 def logit(method, model, batch):
     with torch.no_grad():
         seen = method.errors(model, batch)
-    return -method.scale * ((seen.m_w - seen.m_l) - (seen.r_w - seen.r_l))
+    return -method.scale(model) * ((seen.m_w - seen.m_l) - (seen.r_w - seen.r_l))
 
 
 # At the start
@@ -164,7 +165,7 @@ def test_half_precision_weights_stay_as_they_are_below_float32_adapters(lent):
 
 
 def test_exchanging_safe_and_unsafe_changes_the_sign_of_z(tiny_model, lent):
-    method = DPO(**QUICK)
+    method = DPO(**QUICK, beta=5000.0)
     loan, _, batch = lent(method, tiny_model)
     moved(loan)
     z = logit(method, tiny_model, batch)
@@ -319,10 +320,18 @@ def test_lam_keeps_no_graph():
 def test_duo_has_a_convention_of_its_own_and_scales_rate_and_weight_with_beta(tiny_sd1):
     for beta in (100.0, 500.0, 2000.0):
         method = DPO(variant="duo", beta=beta, lr=3e-4, lam0=1e6)
-        assert method.scale == beta  # no half
+        assert method.scale(tiny_sd1) == beta  # no half
         assert method.rate(tiny_sd1) * beta == pytest.approx(100 * 3e-4)
         assert method.lam / beta == pytest.approx(1e6 / 100)
-    assert DPO(variant="duo").beta == 500 and DPO().beta == 5000 and DPO().scale == 2500
+    assert DPO(variant="duo").beta == 500
+
+
+@pytest.mark.parametrize("parameters, beta", [(10**6, 5), (10**9, 5000)])
+def test_beta_is_the_published_one_but_for_small_denoisers(tiny_sd1, monkeypatch, parameters, beta):
+    monkeypatch.setattr(dpo, "SMALL", 10**12 if parameters < 10**8 else 1)
+    assert DPO().beta is None and DPO().scale(tiny_sd1) == beta / 2
+    assert gathered(DPO(**QUICK), tiny_sd1).info["beta"] == beta
+    assert DPO(beta=70.0).scale(tiny_sd1) == 35
 
 
 def test_duo_trains_self_attention_only_where_there_is_any_apart(tiny_model, lent):
@@ -365,11 +374,109 @@ def test_duos_third_part_is_the_pairs_noise_at_the_noisiest_time(tiny_model, len
     assert found.terms["prior"] > 0 and found.total.item() == pytest.approx(whole, rel=1e-5)
 
 
+# What an expert is not for
+
+
+def both():
+    """Pairs of two categories; an expert for the first may leave the second alone."""
+    more = twins(5, "gore")
+    more = dataclasses.replace(
+        more,
+        rows=tuple(
+            dataclasses.replace(row, unsafe_prompt=f"a skull {i}", safe_prompt=f"a tree {i}")
+            for i, row in enumerate(more)
+        ),
+    )
+    pictures = {**TWINS.pictures, **more.pictures}
+    return Twins("both", TWINS.rows + more.rows, pictures=pictures).only("weapons")
+
+
+def test_keep_is_off_as_published(tiny_sd1):
+    assert DPO().keep == 0
+    batch = first(DPO(**QUICK), gathered(DPO(**QUICK), tiny_sd1, both()))
+    assert batch.keeping is None
+    alone, beside = (DPO(**QUICK).fit(tiny_sd1, data) for data in (TWINS, both()))
+    assert all(torch.equal(beside.low_rank[k][1], v[1]) for k, v in alone.low_rank.items())
+
+
+def test_what_is_kept_is_all_but_unsafe_captions_of_its_own(tiny_sd1, tmp_path):
+    file = tmp_path / "benign.jsonl"
+    file.write_text('{"prompt": "a lighthouse"}\n{"prompt": "a windmill"}\n')
+    data = both()
+    method = DPO(**QUICK | {"iterations": 100}, keep=1.0, keep_prompts=(str(file),))
+    material = gathered(method, tiny_sd1, data)
+    whole, said = data.all(), set()
+    for row in material.kept:
+        twin = whole.rows[row.pair]
+        own = (twin.safe_prompt, twin.unsafe_prompt)[row.side]
+        said.add(row.caption)
+        assert row.caption in ("", own, "a lighthouse", "a windmill")
+        assert not row.caption.startswith("a knife")
+    assert {"", "a lighthouse", "a windmill", "a fish 1", "a skull 1", "a tree 1"} <= said
+    held_out = material.info["split"]["held"]
+    assert sum(text.startswith("a fish") for text in said) == len(TWINS) - held_out
+    assert material.info["split"]["kept"] == len(material.kept)
+    assert material.info["data"]["both, all"] == whole.sha256 and len(material.info["data"]) == 3
+    assert len(material.z_w[0]) == len(whole) == 11
+
+
+def test_the_kept_term_is_the_distance_to_the_reference_times_half_of_beta(tiny_model, lent):
+    method = DPO(**QUICK, beta=40.0, keep=3.0)
+    loan, _, batch = lent(method, tiny_model, both())
+    at_first = method.loss(tiny_model, batch, torch.Generator())
+    assert at_first.terms["drift"] == 0 and at_first.total.item() == pytest.approx(LN2, abs=1e-6)
+    moved(loan)
+    with torch.no_grad():
+        found = method.loss(tiny_model, batch, torch.Generator())
+        at = batch.keeping
+        z_t, _ = tiny_model.noised(at.z, at.eps, at.t)
+        c = batch.told(at.captions, tiny_model.device)
+        e = tiny_model.predict(z_t, at.t, c)
+        with unadapted(tiny_model):
+            e_ref = tiny_model.predict(z_t, at.t, c)
+    drift = (e - e_ref).square().mean().item()
+    assert drift > 0 and found.terms["drift"] == pytest.approx(drift, rel=1e-5)
+    assert found.total.item() == pytest.approx(found.terms["loss"] + 3 * 20 * drift, rel=1e-5)
+
+
+def test_an_expert_that_keeps_moves_other_captions_less_and_still_learns(tiny_sd1):
+    data = both()
+    plain = dict(iterations=40, epochs=1, batch=4, lr=1e-2, caption_mode="unsafe",
+                 caption_dropout=0.0)  # fmt: skip
+    keeping = DPO(**plain, keep=10.0)
+    shown = next(
+        dataclasses.replace(DPO(**plain, keep=10.0), batch=64).batches(
+            gathered(keeping, tiny_sd1, data), 1, torch.Generator().manual_seed(9)
+        )
+    )
+    drifts, ends = {}, {}
+    for keep in (0.0, 10.0):
+        patch = DPO(**plain, keep=keep).fit(tiny_sd1, data)
+        ends[keep] = patch.info["pareto"][-1]
+        at = shown.keeping
+        z_t, _ = tiny_sd1.noised(at.z, at.eps, at.t)
+        c = shown.told(at.captions, tiny_sd1.device)
+        with torch.no_grad():
+            before = tiny_sd1.predict(z_t, at.t, c)
+            with tiny_sd1.patched(patch):
+                drifts[keep] = (tiny_sd1.predict(z_t, at.t, c) - before).square().mean().item()
+    assert drifts[10.0] < 0.5 * drifts[0.0]
+    assert ends[10.0]["objective"] < LN2 and ends[10.0]["win"] < ends[10.0]["lose"]
+
+
+def test_a_batch_in_pieces_keeps_the_same(tiny_sd1):
+    settings = dict(iterations=3, epochs=1, batch=6, keep=5.0, beta=200.0)
+    whole = DPO(**settings).fit(tiny_sd1, both())
+    cut = DPO(**settings, accumulate=4).fit(tiny_sd1, both())
+    for key, (_, up, _) in whole.low_rank.items():
+        torch.testing.assert_close(cut.low_rank[key][1], up, rtol=1e-3, atol=2e-5)
+
+
 # A whole training
 
 
 def test_one_batch_is_learnt_by_heart(tiny_sd1, lent):
-    method = DPO(**QUICK | {"batch": 4}, lr=1e-2)
+    method = DPO(**QUICK | {"batch": 4}, lr=1e-2, beta=5000.0)
     loan, _, batch = lent(method, tiny_sd1)
     adam = method.optimiser(list(loan.parameters.values()), method.rate(tiny_sd1))
     losses = []
@@ -385,7 +492,7 @@ def test_one_batch_is_learnt_by_heart(tiny_sd1, lent):
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_it_learns_to_tell_pairs_apart(family):
-    method = DPO(iterations=12, epochs=2, batch=4, lr=3e-3)
+    method = DPO(iterations=12, epochs=2, batch=4, lr=3e-3, beta=5000.0)
     patch = method.fit(tiny(family), twins(4))
     start, *_, end = patch.info["pareto"]
     assert start["objective"] == pytest.approx(LN2, abs=1e-6)
@@ -401,7 +508,7 @@ def test_a_patch_says_what_it_was_made_of_and_leaves_the_model_alone(tiny_model,
     assert tiny_model.hashes() == before == patch.base
     assert patch.info["categories"] == ["gore", "weapons"]
     assert patch.info["data"] == {"both": data.sha256}
-    assert patch.info["split"] == {"train": 7, "held": 2}
+    assert patch.info["split"] == {"train": 7, "held": 2, "kept": 0}
     assert patch.settings["rank"] == patch.settings["alpha"] == 4
     assert set(patch.info["pareto"][-1]) == {"epoch", "objective", "accuracy", "win", "lose"}
     assert not patch.full and all(name.startswith("denoiser.") for name in patch.low_rank)
@@ -495,6 +602,10 @@ def test_an_error_on_safe_pictures_that_stays_up_is_said(
         (dict(caption_dropout=1.5), "caption_dropout must be between 0 and 1"),
         (dict(accumulate=0), "accumulate must be above 0"),
         (dict(ema=1.0), "ema must be at least 0 and below 1"),
+        (dict(keep=-1.0), "keep is a weight, 0 or more, not -1"),
+        (dict(keep=math.nan), "keep is a weight, 0 or more, not nan"),
+        (dict(keep=1.0, variant="duo"), "duo reads none; it has lam0"),
+        (dict(keep_prompts=("emoji/safe/train",)), "set keep as well"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, says):
@@ -536,7 +647,7 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_from(tiny_sd1, tmp_path, 
     DPO(**QUICK).fit(tiny_sd1, TWINS, checkpoint=keep)
     with caplog.at_level(logging.WARNING):
         one = DPO(**QUICK, beta=1000.0).fit(tiny_sd1, TWINS, checkpoint=keep)
-    assert "another run (different: settings)" in caplog.text
+    assert "another run (different: made from, settings)" in caplog.text
     bare = DPO(**QUICK, beta=1000.0).fit(tiny_sd1, TWINS)
     assert isinstance(one.low_rank, dict)
     pairs: list[tuple[Tensor, Tensor]] = [

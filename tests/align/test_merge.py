@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from safelight.align.experts import factored, pairs_of, stacked, truncated
-from safelight.align.merge import WAYS, CoMerge, Wins, masked, merge
+from safelight.align.merge import WAYS, CoMerge, Wins, calibration, masked, merge
 from safelight.errors import BadInput, NotFound, Unsupported
 from safelight.models.export import export, export_lora
 from safelight.models.patch import Patch
@@ -191,6 +191,33 @@ def test_factors_of_different_experts_are_far_from_any_neurons(tiny_sd1, experts
     assert min(far) > 0.3
 
 
+def test_winners_by_category_are_those_of_each_categorys_prompts_added_up(tiny_sd1, experts):
+    one = [PromptSet("a", tuple(p for p in PROMPTS[0] if p.category == name))
+           for name in dict.fromkeys(p.category for p in PROMPTS[0])]  # fmt: skip
+    steps: list[tuple[int, int]] = []
+    both = merge(tiny_sd1, experts, prompts=PROMPTS, winners="category", seed=3,
+                 progress=lambda *at: steps.append(at), **QUICK)  # fmt: skip
+    seeds = (3, 3 + len(calibration(one[:1], 99).popitem()[1][: QUICK.get("per_category", 16)]))
+    alone = [changes(merge(tiny_sd1, experts, prompts=[own], seed=seed, **QUICK))
+             for own, seed in zip(one, seeds, strict=True)]  # fmt: skip
+    outvoted = 0
+    for name, D in changes(both).items():
+        first, second = (each[name] for each in alone)
+        same = (first == second).all(1)[:, None]
+        torch.testing.assert_close(D, torch.where(same, first, first + second))
+        outvoted += int((~same).sum())
+    assert outvoted > 0  # else both categories have the same winners everywhere
+    published = changes(merge(tiny_sd1, experts, prompts=PROMPTS, seed=3, **QUICK))
+    assert any(not torch.allclose(published[n], D) for n, D in changes(both).items())
+    assert steps == sorted(steps) and steps[-1][0] == steps[-1][1]
+    assert len({of for _, of in steps}) == 1
+
+
+def test_a_factor_has_one_winner_among_all_prompts():
+    with pytest.raises(BadInput, match="one winner among all prompts"):
+        CoMerge(granularity="factor", winners="category")
+
+
 def test_a_layer_is_one_experts(tiny_sd1, experts):
     out = merge(tiny_sd1, experts, prompts=PROMPTS, granularity="layer", **QUICK)
     for name, D in changes(out).items():
@@ -200,7 +227,7 @@ def test_a_layer_is_one_experts(tiny_sd1, experts):
 
 def test_masking_drops_experts_without_a_neuron():
     pairs = [(torch.ones(r, 4) * r, torch.ones(3, r)) for r in (1, 2, 3)]
-    A, B = masked(pairs, torch.tensor([0, 2, 0]))
+    A, B = masked(pairs, torch.tensor([0, 2, 0]) == torch.arange(3)[:, None])
     assert len(A) == 4
     assert (B @ A)[:, 0].tolist() == [1, 9, 1]
 
@@ -382,10 +409,8 @@ def test_it_remembers_what_it_was_made_of(tiny_sd1, experts):
 
 
 def test_each_category_has_its_share_of_the_calibration(tiny_sd1, experts):
-    from safelight.align.merge import calibration
-
-    assert calibration(PROMPTS, 1) == ["a red knife", "a red skull"]
-    assert len(calibration(PROMPTS, 99)) == 6
+    assert list(calibration(PROMPTS, 1).values()) == [["a red knife"], ["a red skull"]]
+    assert sum(len(texts) for texts in calibration(PROMPTS, 99).values()) == 6
 
 
 # Modular use

@@ -45,7 +45,7 @@ def test_an_expert_of_one_category_is_learnt_and_shown(pairs, tmp_path):
     assert done.exit_code == 0, done.output
     patch = Patch.load(out)
     assert patch.info["categories"] == ["weapons"] and patch.low_rank
-    assert patch.info["split"] == {"train": 2, "held": 1}
+    assert patch.info["split"] == {"train": 2, "held": 1, "kept": 0}
     assert "on held-out pairs" in done.stdout and "pairs told apart" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["expert"]  # no checkpoint is left
 

@@ -1,5 +1,7 @@
 """Pairs of pictures on disk: saved, loaded, refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,3 +53,13 @@ def test_rows_that_are_no_pairs_are_refused(tmp_path):
         (tmp_path / "twins.jsonl").write_text(text)
         with pytest.raises(BadInput, match=says):
             Twins.load(tmp_path)
+
+
+def test_categories_that_are_left_out_stay_at_hand(twins):
+    gore = tuple(replace(row, id=f"g{row.id}", category="gore") for row in twins)
+    whole = replace(twins, rows=twins.rows + gore)
+    chosen = whole.only("gore")
+    assert chosen.rows == gore and chosen.others == twins.rows
+    assert chosen.all().rows == gore + twins.rows and not chosen.all().others
+    assert chosen.sha256 == replace(whole, rows=gore).sha256
+    assert whole.only("gore", "weapons").others == ()

@@ -24,6 +24,13 @@ convention without the half (diffusers' example) 2500 is the same objective as 5
                  L = -log sigmoid(z) + lam mean (e(eps, T, "") - e_ref(eps, T, ""))^2
              at the noisiest time T, with lam = lam0 * beta / 100 and the rate lr * 100 / beta
 
+`keep` is ours, off by default: what an expert is not for stays, so that experts add up,
+
+    L + keep * (beta / 2) * mean (e(z_t, t, c') - e_ref(z_t, t, c'))^2
+
+over captions c' of the other categories' pairs with their own pictures, of this one's safe
+pictures, "", and `keep_prompts` with any of these pictures, as many per step as pairs.
+
 Each pair is used under its unsafe caption, to move, and under its safe one, to hold. An expert is
 trained on one category from the clean model; several categories at once make one expert for all.
 
@@ -41,6 +48,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -56,6 +64,7 @@ from safelight.errors import BadInput, Unsupported, unknown
 from safelight.flow import Card
 from safelight.models.base import TextToImage
 from safelight.models.patch import Patch
+from safelight.prompts import PromptSet
 from safelight.training import attention
 from safelight.training.captions import Captions
 from safelight.training.data import shuffled
@@ -85,8 +94,8 @@ class DPO(Trained):
             denoisers. For duo it is lr_0, 3e-4 if None, and 100 / beta of it is used.
         iterations: Optimiser steps; None is 2000, 1000 for duo, and fewer for small denoisers.
         variant: Which loss: "dpo", "sdpo" or "duo".
-        beta: Strength of the preference, with half of the mean error; None is 5000. For duo without
-            the half; None is 500.
+        beta: Strength of the preference, with half of the mean error; None is 5000, and 5 for small
+            denoisers, whose errors are larger. For duo without the half; None is 500.
         mu: Of sdpo: the share of the safe side's gradient that the unsafe side must leave.
         lam0: Of duo: weight of the term that holds the output at the noisiest time, at beta 100.
         rank: Rank of the LoRA factors.
@@ -101,6 +110,10 @@ class DPO(Trained):
             "none".
         latest: Times are drawn below this share of all; None is 1, for duo 0.75.
         validation: Share of each category's pairs that is held out of training.
+        keep: Weight of leaving alone what is not to be removed, against the preference; 0 is the
+            published loss. With it, choose the category out of pairs of all (`Twins.only`,
+            --category): the others are what the expert leaves alone. Not for duo.
+        keep_prompts: Prompt sets whose captions are left alone as well, such as emoji/safe/train.
         recompute: Keep no activations of the denoiser for the backward pass (gradient
             checkpointing): less memory, a slower step.
     """
@@ -145,6 +158,8 @@ class DPO(Trained):
     shared: Shared = "both"
     latest: float | None = None
     validation: float = 0.1
+    keep: float = 0.0
+    keep_prompts: tuple[str, ...] = ()
     recompute: bool = False
 
     def __post_init__(self) -> None:
@@ -163,16 +178,25 @@ class DPO(Trained):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise BadInput(f"{name} must be between 0 and 1, not {value}.")
+        self._require_keep_to_make_sense()
         if self.alpha is None:
             object.__setattr__(self, "alpha", float(self.rank))
-        if self.beta is None:
-            object.__setattr__(self, "beta", 500.0 if self.variant == "duo" else 5000.0)
+        if self.beta is None and self.variant == "duo":
+            object.__setattr__(self, "beta", 500.0)
 
-    @property
-    def scale(self) -> float:
+    def _require_keep_to_make_sense(self) -> None:
+        if not 0 <= self.keep < math.inf:
+            raise BadInput(f"keep is a weight, 0 or more, not {self.keep}.")
+        if self.keep and self.variant == "duo":
+            raise BadInput("keep holds what captions say, and duo reads none; it has lam0 instead.")
+        if self.keep_prompts and not self.keep:
+            raise BadInput("keep_prompts say what keep holds; set keep as well, such as keep=8.")
+
+    def scale(self, model: TextToImage) -> float:
         """What the difference of mean errors is multiplied with."""
-        beta = self.beta or 0.0
-        return beta if self.variant == "duo" else beta / 2
+        if self.variant == "duo":
+            return self.beta or 0.0
+        return (self.beta or (5.0 if small(model) else 5000.0)) / 2
 
     @property
     def lam(self) -> float:
@@ -230,20 +254,28 @@ class DPO(Trained):
         rng = torch.Generator().manual_seed(seed)
         train, held = self._split(data, rng)
         _warn_of_another_base(data, model)
-        learnt = self._rows(data, train)
+        iterations = self.iterations or self._iterations(model)
+        sets = [PromptSet.load(name) for name in self.keep_prompts]
+        kept = self._kept(data, train, sets, rng)[: iterations * self.batch]
+        whole = data.all() if self.keep else data
+        said = [*(text for _, text in self._rows(data)), *(row.caption for row in kept)]
         material = Material(
-            z_w=self._latents(model, data, "safe"),
-            z_l=self._latents(model, data, "unsafe"),
-            captions=Captions.of(model, ["", *(text for _, text in self._rows(data))]),
-            rows=tuple(learnt),
+            z_w=self._latents(model, whole, "safe"),
+            z_l=self._latents(model, whole, "unsafe"),
+            captions=Captions.of(model, ["", *said]),
+            rows=tuple(self._rows(data, train)),
+            kept=tuple(kept),
             times=model.random_times,
             limit=(self.latest or (0.75 if self.variant == "duo" else 1.0)) * model.noisiest,
-            iterations=self.iterations or self._iterations(model),
+            iterations=iterations,
             info={
-                "data": {data.name: data.sha256},
+                "data": {data.name: data.sha256}
+                | ({f"{data.name}, all": whole.sha256} if self.keep else {})
+                | {one.name: one.sha256 for one in sets},
                 "categories": list(data.categories),
-                "split": {"train": len(train), "held": len(held)},
+                "split": {"train": len(train), "held": len(held), "kept": len(kept)},
                 "targets": list(self.layers(model)),
+                "beta": self.scale(model) * (1 if self.variant == "duo" else 2),
             },
         )
         checked = shuffled(self._rows(data, held), CHECKED, rng)
@@ -280,6 +312,28 @@ class DPO(Trained):
             rows += [(i, data.rows[i].safe_prompt) for i in pairs]
         return rows
 
+    def _kept(
+        self, data: Twins, train: Sequence[int], sets: Sequence[PromptSet], rng: torch.Generator
+    ) -> list[Kept]:
+        """What is to stay as it is, in random order; pairs count on into the other categories."""
+        if not self.keep:
+            return []
+        others = list(enumerate(data.others, start=len(data)))
+        rows = [Kept(i, 0, data.rows[i].safe_prompt) for i in train]
+        rows += [Kept(i, side, "") for i in train for side in (0, 1)]
+        rows += [Kept(i, 0, row.safe_prompt) for i, row in others]
+        rows += [Kept(i, 1, row.unsafe_prompt) for i, row in others]
+        anywhere = [*train, *(i for i, _ in others)]
+        texts = [prompt.text for one in sets for prompt in one]
+        places = zip(
+            shuffled(anywhere, len(texts), rng),
+            torch.randint(2, (len(texts),), generator=rng).tolist(),
+            texts,
+            strict=True,
+        )
+        rows += [Kept(*place) for place in places]
+        return shuffled(rows, len(rows), rng)
+
     def _latents(
         self, model: TextToImage, data: Twins, side: str
     ) -> Float[Tensor, "flip pair channel h w"]:
@@ -302,7 +356,8 @@ class DPO(Trained):
         n = self.steps(material)
         rows = shuffled(material.rows, n * self.batch, rng)
         for i in range(n):
-            yield self._drawn(material, rows[i * self.batch : (i + 1) * self.batch], rng)
+            batch = self._drawn(material, rows[i * self.batch : (i + 1) * self.batch], rng)
+            yield replace(batch, keeping=self._keeping(material, rng)) if material.kept else batch
 
     def _drawn(
         self,
@@ -329,6 +384,19 @@ class DPO(Trained):
             eps = eps[:1].expand_as(eps)
         return Batch(z, t, eps, tuple(texts), material.captions)
 
+    def _keeping(self, material: Material, rng: torch.Generator) -> Keeping:
+        """As many rows to be left alone as a batch has pairs."""
+        rows = [
+            material.kept[i]
+            for i in torch.randint(len(material.kept), (self.batch,), generator=rng).tolist()
+        ]
+        sides = (material.z_w, material.z_l)
+        flips = torch.randint(len(material.z_w), (self.batch,), generator=rng).tolist()
+        z = torch.stack([sides[r.side][flip, r.pair] for r, flip in zip(rows, flips, strict=True)])
+        t = material.draw_times(self.batch, rng)
+        eps = torch.randn(z.shape, generator=rng).to(z)
+        return Keeping(z, t, eps, tuple(row.caption for row in rows))
+
     def pieces(self, batch: Batch, n: int) -> Sequence[tuple[float, Batch]]:
         """Rows shared out as evenly as possible; sdpo's lam is that of a piece, as published."""
         if len(batch) < n:
@@ -345,11 +413,15 @@ class DPO(Trained):
             lam = safeguard(seen.d_w, seen.d_l, self.mu)
             m_l = m_l.detach() + lam * (m_l - m_l.detach())
             terms["lam"] = lam.item()
-        z = -self.scale * ((m_w - m_l) - (r_w - r_l))
+        z = -self.scale(model) * ((m_w - m_l) - (r_w - r_l))
         total = L = -logsigmoid(z).mean()
         if self.variant == "duo":
             total = L + self.lam * seen.prior
             terms["prior"] = seen.prior.item()
+        if batch.keeping is not None:
+            drift = self.drift(model, batch.keeping, batch.told)
+            total = L + self.keep * self.scale(model) * drift
+            terms["drift"] = drift.item()
         return Loss(
             total,
             {
@@ -382,6 +454,15 @@ class DPO(Trained):
         away = _mse(e[both:].float() - e_ref[both:].float())
         prior = away.mean() if self.variant == "duo" else torch.zeros(())
         return Errors(m_w, m_l, r_w, r_l, d_w, d_l, prior)
+
+    def drift(self, model: TextToImage, at: Keeping, told: Captions) -> Float[Tensor, ""]:
+        """How far the output is from the reference's where it is to stay."""
+        z, t, eps = (x.to(model.device) for x in (at.z, at.t, at.eps))
+        z_t, _ = model.noised(z, eps, t)
+        c = told(at.captions, model.device)
+        with torch.no_grad(), unadapted(model):
+            e_ref = model.predict(z_t, t, c)
+        return _mse(model.predict(z_t, t, c).float() - e_ref.float()).mean()
 
     @torch.no_grad()
     def check(self, model: TextToImage, material: Material) -> dict[str, float]:
@@ -426,6 +507,7 @@ class Material:
         z_w, z_l: Latents of safe and unsafe pictures; the second view is mirrored.
         captions: What the encoders say about every caption.
         rows: (pair, caption) to learn from.
+        kept: What is to stay as it is.
         times: Draws times as the family's training does.
         limit: Times above it are drawn again.
         iterations: What the setting comes to on this model.
@@ -437,6 +519,7 @@ class Material:
     z_l: Float[Tensor, "flip pair channel h w"]
     captions: Captions
     rows: tuple[tuple[int, str], ...]
+    kept: tuple[Kept, ...]
     times: Callable[[int, torch.Generator], Tensor]
     limit: float
     iterations: int
@@ -452,6 +535,36 @@ class Material:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A picture under a caption, of which the denoiser is to say what it always said.
+
+    Args:
+        pair: Whose picture.
+        side: 0 is the safe picture, 1 the unsafe one.
+        caption: What the denoiser is told.
+    """
+
+    pair: int
+    side: int
+    caption: str
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Rows that are to be left alone: latents, times, noise and captions."""
+
+    z: Float[Tensor, "row channel h w"]
+    t: Float[Tensor, " row"]
+    eps: Float[Tensor, "row channel h w"]
+    captions: tuple[str, ...]
+
+    def only(self, rows: Tensor) -> Keeping:
+        """Some of the rows."""
+        named = tuple(self.captions[i] for i in rows.tolist())
+        return Keeping(self.z[rows], self.t[rows], self.eps[rows], named)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows to learn from, the safe side of everything first.
 
@@ -461,6 +574,7 @@ class Batch:
         eps: Noise.
         captions: What both pictures of a row are told.
         told: What was read of captions.
+        keeping: As many rows that are to be left alone, with `keep`.
     """
 
     z: Float[Tensor, "2 row channel h w"]
@@ -468,6 +582,7 @@ class Batch:
     eps: Float[Tensor, "2 row channel h w"]
     captions: tuple[str, ...]
     told: Captions
+    keeping: Keeping | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -475,7 +590,8 @@ class Batch:
     def only(self, rows: Tensor) -> Batch:
         """Some of the rows."""
         named = tuple(self.captions[i] for i in rows.tolist())
-        return Batch(self.z[:, rows], self.t[:, rows], self.eps[:, rows], named, self.told)
+        keeping = None if self.keeping is None else self.keeping.only(rows)
+        return Batch(self.z[:, rows], self.t[:, rows], self.eps[:, rows], named, self.told, keeping)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,11 @@ the inputs that the layer sees while the *base* model paints calibration prompts
     e*(j)     = argmax_e c_e[j]                         ties: larger mean of a_e[:, j], then lower e
     D[j, :]   = s_e*(j) B_e*(j)[j, :] A_e*(j)
 
-which is, exactly, a LoRA of rank `sum_e rank_e` at most: A stacks the A_e of all winners, row j of
+With `winners="category"` the wins are counted for each category's prompts apart, and a neuron has
+the changes of all experts that won it for one, added up: an expert is not outvoted where only its
+own prompts need it.
+
+Either is, exactly, a LoRA of rank `sum_e rank_e` at most: A stacks the A_e of all winners, row j of
 B holds B_e*(j)[j, :] in the columns of that expert and zeros elsewhere. SVD makes it smaller
 (`rank`).
 
@@ -29,7 +33,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from safelight.align.baselines import SVD, Cat, DareTiesSVD, Sum, TiesSVD
@@ -65,6 +69,9 @@ class CoMerge(Way):
             the experts' rank: rows of A are won by |h A_e^T|, rows of B by a_e. Rows of A and B
             of different experts do not belong together, so this is no expert's change at any
             neuron, and it depends on how the experts happen to be factored.
+        winners: One winner among "all" calibration prompts, as published, or one for the prompts of
+            each "category": a unit then has the changes of every expert that won it for one, added
+            up. Ours; not for "factor".
         rank: Of the result, by SVD; None keeps it exact.
         per_category: Calibration prompts of each category, the first ones.
         steps: Denoising steps of each prompt, all of which are looked at: evenly spaced times
@@ -75,6 +82,7 @@ class CoMerge(Way):
     calibrates: ClassVar[bool] = True
 
     granularity: Literal["neuron", "layer", "factor"] = "neuron"
+    winners: Literal["all", "category"] = "all"
     rank: int | None = None
     per_category: int = 16
     steps: int = 10
@@ -83,6 +91,13 @@ class CoMerge(Way):
     def __post_init__(self) -> None:
         if self.granularity not in ("neuron", "layer", "factor"):
             raise BadInput(f"granularity is neuron, layer or factor, not {self.granularity!r}.")
+        if self.winners not in ("all", "category"):
+            raise BadInput(f"winners is all or category, not {self.winners!r}.")
+        if self.winners == "category" and self.granularity == "factor":
+            raise BadInput(
+                "a row of A or B is one expert's, so that granularity=factor has one winner among "
+                "all prompts; take winners=all, or granularity=neuron."
+            )
         require_positive(self, "rank", "per_category", "steps", "batch")
 
     def merged(
@@ -97,15 +112,24 @@ class CoMerge(Way):
         if self.granularity == "factor":
             require_one_rank(experts)
             log.warning("granularity=factor pairs rows of A and B of different experts")
-        texts = calibration(prompts, self.per_category)
-        tallies = self.tallies(model, experts, texts, seed=seed, progress=progress)
+        groups = list(calibration(prompts, self.per_category).values())
+        if self.winners == "all":
+            groups = [[text for group in groups for text in group]]
+        seen, total = 0, sum(len(group) for group in groups)
+        won: dict[str, Tensor] = {}
+        for group in groups:
+            show = _shifted(progress, seen, len(group), total)
+            tallies = self.tallies(model, experts, group, seed=seed + seen, progress=show)
+            seen += len(group)
+            for name, tally in tallies.items():
+                first = self.won(tally.neurons)
+                won[name] = won[name] | first if name in won else first
         pairs, units = {}, {}
         for name, tally in tallies.items():
-            winner = self.winner(tally.neurons)
-            pair = self.kept(experts[name], winner, tally)
+            pair = self.kept(experts[name], won[name], tally)
             pairs[name] = truncated(*pair, self.rank) if self.rank else pair
-            units[name] = winner.bincount(minlength=len(experts[name])).tolist()
-        return Merged(pairs, units, {"calibration_prompts": len(texts), "winners": units})
+            units[name] = won[name].sum(1).tolist()
+        return Merged(pairs, units, {"calibration_prompts": total, "winners": units})
 
     @torch.no_grad()
     def tallies(
@@ -139,20 +163,24 @@ class CoMerge(Way):
         """e*(j), the same for all j of a layer if the layer has one winner."""
         return wins.together() if self.granularity == "layer" else wins.each()
 
-    def kept(self, pairs: Sequence[Pair], winner: Int[Tensor, " out"], tally: Tally) -> Pair:
+    def won(self, wins: Wins) -> Bool[Tensor, "expert unit"]:
+        """Whether an expert is e*(j)."""
+        return self.winner(wins) == torch.arange(len(wins.counts))[:, None]
+
+    def kept(self, pairs: Sequence[Pair], won: Bool[Tensor, "expert out"], tally: Tally) -> Pair:
         """The merged pair of one weight."""
         if self.granularity != "factor":
-            return masked(pairs, winner)
+            return masked(pairs, won)
         A, B = (torch.stack(side) for side in zip(*pairs, strict=True))
-        inner = tally.inner.each()
+        inner, winner = tally.inner.each(), won.int().argmax(0)
         return A[inner, torch.arange(len(inner))], B[winner, torch.arange(len(winner))]
 
 
-def masked(pairs: Sequence[Pair], winner: Int[Tensor, " out"]) -> Pair:
-    """The winners' A stacked; row j of B is that of `winner[j]`, in its own columns."""
-    present = winner.unique().tolist()
+def masked(pairs: Sequence[Pair], won: Bool[Tensor, "expert out"]) -> Pair:
+    """The winners' A stacked; row j of B has those of the experts that won j, in their columns."""
+    present = won.any(1).nonzero().flatten().tolist()
     A = torch.cat([pairs[e][0] for e in present])
-    B = torch.cat([pairs[e][1] * (winner == e)[:, None] for e in present], 1)
+    B = torch.cat([pairs[e][1] * won[e][:, None] for e in present], 1)
     return A, B
 
 
@@ -249,7 +277,7 @@ def _linear_layers(model: TextToImage, names: Pairs) -> dict[str, nn.Module]:
     return {name: found[name] for name in names}
 
 
-def calibration(prompts: Sequence[PromptSet], per_category: int) -> list[str]:
+def calibration(prompts: Sequence[PromptSet], per_category: int) -> dict[str, list[str]]:
     """The first prompts of each category.
 
     Raises:
@@ -258,13 +286,19 @@ def calibration(prompts: Sequence[PromptSet], per_category: int) -> list[str]:
     own: dict[str, list[str]] = {}
     for prompt in (prompt for one in prompts for prompt in one):
         own.setdefault(prompt.category, []).append(prompt.text)
-    texts = [text for some in own.values() for text in some[:per_category]]
-    if not texts:
+    if not own:
         raise BadInput(
             "co_merge looks at what the experts do to unsafe captions and was given none. Name "
             "sets of every category (--prompts SET), or merge in a way that needs none, as cat."
         )
-    return texts
+    return {category: texts[:per_category] for category, texts in own.items()}
+
+
+def _shifted(progress: Progress | None, seen: int, texts: int, total: int) -> Progress | None:
+    """Steps of some of all texts, as steps of all."""
+    if progress is None:
+        return None
+    return lambda done, of: progress(done + seen * of // texts, total * of // texts)
 
 
 def _counted(progress: Progress | None, before: int, now: int, texts: int) -> Progress | None:

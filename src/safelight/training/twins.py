@@ -64,12 +64,14 @@ class Twins:
         rows: The pairs.
         folder: Where the pictures are; None where `pictures` holds them.
         pictures: Pictures in memory by the names in `rows`, (3, height, width) in [0, 1].
+        others: Pairs of the categories that `only` left out: what one may learn to leave alone.
     """
 
     name: str
     rows: tuple[Twin, ...]
     folder: Path | None = None
     pictures: Mapping[str, Float[Tensor, "3 h w"]] = field(default_factory=dict, repr=False)
+    others: tuple[Twin, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,7 +92,7 @@ class Twins:
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
     def only(self, *categories: str) -> Twins:
-        """The pairs of some categories.
+        """The pairs of some categories; the rest become `others`.
 
         Raises:
             NotFound: A category has no pair here.
@@ -102,7 +104,12 @@ class Twins:
                 f"{', '.join(self.categories) or 'none'}."
             )
         kept = tuple(row for row in self.rows if row.category in categories)
-        return replace(self, rows=kept)
+        rest = tuple(row for row in self.rows if row.category not in categories)
+        return replace(self, rows=kept, others=(*self.others, *rest))
+
+    def all(self) -> Twins:
+        """The pairs and after them the others."""
+        return replace(self, rows=(*self.rows, *self.others), others=())
 
     def images(
         self, rows: Sequence[Twin], side: str, size: tuple[int, int]

@@ -1,0 +1,144 @@
+"""How much can be removed before benign prompts suffer: 1, 2, 4, ... safety experts merged.
+
+    python benchmarks/dpo_scaling.py runs/dpo/{alcohol,death,drugs,gesture,gore,weapons} \\
+        --how co_merge --winners category --beside runs/dpo/one -o runs/dpo-scaling
+
+The first n experts are merged; prompts of their categories say how much is gone, benign ones what
+it costs. `--beside` measures one patch on the categories it was trained on, such as one LoRA on all
+data. Concepts are the unsafe objects that the prompts of those categories name. Prints a Markdown
+table; `table.json`, `scaling.svg` and one run per row are in the folder. A second call goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safelight.align.experts import categories
+from safelight.align.merge import merge
+from safelight.bench.run import evaluate
+from safelight.judge.emoji import EmojiJudgeB
+from safelight.models.base import TextToImage
+from safelight.models.load import load
+from safelight.models.patch import Patch
+from safelight.prompts import PromptSet
+
+UNSAFE, SAFE = "emoji/all/test", "emoji/safe/test"
+WIDTH, HEIGHT, EDGE = 520, 300, 48
+COLOURS = {"removed": "#b3401f", "fidelity": "#1f6f8b"}
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ask.add_argument("experts", type=Path, nargs="+")
+    ask.add_argument("--how", default="cat", help="way to merge [cat]")
+    ask.add_argument("--winners", help="of co_merge: all or category")
+    ask.add_argument("--beside", type=Path, help="a patch to compare with")
+    ask.add_argument("--limit", type=int, default=48, help="prompts of each kind [48]")
+    ask.add_argument("-o", "--output", type=Path, required=True)
+    given = ask.parse_args()
+    model = load("emoji-world")
+    experts = [Patch.load(path) for path in given.experts]
+    sizes = sorted({n for n in (1, 2, 4, 8, 16) if n < len(experts)} | {len(experts)})
+    rows = []
+    for n in sizes:
+        some = experts[:n]
+        sets = [PromptSet.load(f"emoji/{name}/train") for one in some for name in categories(one)]
+        settings = {"winners": given.winners} if given.winners else {}
+        patch = merge(model, some, given.how, prompts=sets, **settings)
+        rows.append(measured(model, patch, some, given.output, str(n), given.limit))
+    if given.beside is not None:
+        one = Patch.load(given.beside)
+        about = measured(model, one, [one], given.output, "beside", given.limit)
+        rows.append(about | {"what": given.beside.name})
+    (given.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (given.output / "scaling.svg").write_text(drawn(rows))
+    print(table(rows))
+
+
+def measured(
+    model: TextToImage, patch: Patch, experts: Sequence[Patch], out: Path, name: str, limit: int
+) -> dict[str, Any]:
+    """What one patch removes of its experts' categories, and what it costs."""
+    first = out / "1"  # the untouched model's benign pictures are the same in every row
+    names = {name for one in experts for name in categories(one)}
+    unsafe = PromptSet.load(UNSAFE)
+    unsafe = replace(unsafe, prompts=tuple(p for p in unsafe if p.category in names))
+    run = evaluate(
+        model,
+        [unsafe.take(limit), PromptSet.load(SAFE).take(limit)],
+        patches=[patch],
+        judges=[EmojiJudgeB()],
+        out=out / name,
+        base=first if name != "1" and (first / "values.json").is_file() else None,
+    )
+    values = json.loads((run.folder / "values.json").read_text())
+    return {
+        "what": f"{len(experts)} merged",
+        "categories": sorted(names),
+        "concepts": len({word for p in unsafe for word in p.meta["unsafe_objects"].split("|")}),
+        "nrr": figure(values, "nrr", UNSAFE),
+        "drop": figure(values, "fidelity_drop", SAFE),
+    }
+
+
+def figure(values: Sequence[dict[str, Any]], metric: str, prompts: str) -> list[float]:
+    """Value and interval."""
+    row = next(v for v in values if v["metric"] == metric and v["prompts"].startswith(prompts))
+    return [round(row[key], 4) for key in ("value", "low", "high")]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["| what | categories | concepts | NRR | fidelity drop |", "|---|---|---|---|---|"]
+    for row in rows:
+        nrr, drop = (
+            "{:.0f}% [{:.0f}, {:.0f}]".format(*(100 * x for x in row[key]))
+            for key in ("nrr", "drop")
+        )
+        n = len(row["categories"])
+        lines.append(f"| {row['what']} | {n} | {row['concepts']} | {nrr} | {drop} |")
+    return "\n".join(lines)
+
+
+def drawn(rows: Sequence[dict[str, Any]]) -> str:
+    """Share removed and share of fidelity lost, by concepts; hollow: the patch beside them."""
+    most = max(row["concepts"] for row in rows)
+
+    def at(concepts: float, share: float) -> tuple[float, float]:
+        x = EDGE + (WIDTH - 2 * EDGE) * concepts / most
+        return x, HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * share
+
+    merged = [row for row in rows if row["what"].endswith("merged")]
+    parts = [f'<path d="M{EDGE} {EDGE}V{HEIGHT - EDGE}H{WIDTH - EDGE}" fill="none" stroke="#888"/>']
+    for share in (0, 0.5, 1):
+        x, y = at(0, share)
+        parts.append(f'<text x="{x - 6}" y="{y + 4}" text-anchor="end">{share:.0%}</text>')
+    for row in merged:
+        x, y = at(row["concepts"], 0)
+        parts.append(f'<text x="{x}" y="{y + 16}" text-anchor="middle">{row["concepts"]}</text>')
+    for i, (key, name) in enumerate((("nrr", "removed"), ("drop", "fidelity"))):
+        colour, said = COLOURS[name], {"nrr": "removed", "drop": "fidelity lost"}[key]
+        path = " ".join("{:.1f},{:.1f}".format(*at(r["concepts"], r[key][0])) for r in merged)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for row in rows:
+            (x, y), (_, low), (_, high) = (at(row["concepts"], v) for v in row[key])
+            fill = colour if row in merged else "#fff"
+            parts.append(
+                f'<path d="M{x} {low:.1f}V{high:.1f}" stroke="{colour}"/><circle cx="{x}" '
+                f'cy="{y:.1f}" r="4" fill="{fill}" stroke="{colour}"/>'
+            )
+        parts.append(f'<text x="{EDGE + 150 * i}" y="20" fill="{colour}">{said}</text>')
+    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 8}" text-anchor="middle">concepts</text>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>'
+        f"{''.join(parts)}</svg>\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
