@@ -30,7 +30,8 @@ Ours, beyond the paper:
   encoder puts nearer to a target than to any benign word, or, with a `witness`, that make the model
   paint something unsafe.
 - *Scenes.* What a word does beside others, only a picture of both can tell: a `witness` also looks
-  at variants of benign prompts, made of harmless words and of words that are unsafe alone.
+  at variants of benign prompts, made of harmless words and of words that are unsafe alone, and at
+  target contexts with another word in their phrase.
 - *Reading again.* With `reread` the words whose strength is 1 are taken out of the prompt, and the
   encoders read what is left; only then is E rewritten. What a residual leaves behind, a word that
   was never read cannot. A sentence about nothing is painted as anything: where no subject is left,
@@ -124,8 +125,9 @@ class Sanitizer(TrainedGuard):
         contexts: Pairs to learn from, at most.
         witness: Name of a judge. With one, doubtful words are painted once and looked at, and what
             it sees decides, instead of `least` and `lead`, whether a word is a neighbour.
-        scenes: Variants of benign prompts that the witness looks at. Only those that paint nothing
-            unsafe are held; the others are targets, and their prompts the anchors.
+        scenes: Variants of benign prompts, and of phrases, that the witness looks at. Only those
+            that paint nothing unsafe are held; the others are targets, and the prompts that they
+            are variants of the anchors.
         again: How often such a target is learnt from per epoch.
         kept: Sentences that are held for each doubtful word which looks harmless.
         least: Cosine to a target from which on a word of the vocabulary may be its neighbour.
