@@ -11,7 +11,7 @@ from safelight.errors import BadInput
 from safelight.flow import Card, Prompt, Written
 from safelight.guard.base import Guard, Guarded
 from safelight.guard.sanitizer import Sanitizer
-from safelight.guard.wording import wished
+from safelight.guard.wording import Rereading, wished
 from safelight.prompts import PromptSet
 from safelight.training.data import TextData
 
@@ -51,9 +51,10 @@ class Finder(Sanitizer):
         return [place + front for place in same.nonzero().flatten().tolist()]
 
 
-def finder(model, subjects=(), **settings):
+def finder(model, subjects=(), said=(), **settings):
     fitted = Sanitizer(**FAST).fit(model, DATA).fitted_
-    fitted = dataclasses.replace(fitted, info={**fitted.info, "subjects": list(subjects)})
+    info = {"subjects": list(subjects), "said": list(said)}
+    fitted = dataclasses.replace(fitted, info={**fitted.info, **info})
     return Finder(**FAST | {"reread": True} | settings)._with(fitted)
 
 
@@ -96,6 +97,21 @@ def test_what_benign_prompts_speak_of_is_learnt_with_the_rest(tiny_sd1):
     guard = Sanitizer(**FAST).fit(tiny_sd1, TextData(safe=safe, unsafe=PromptSet.of(bombs, "u")))
     guard.prepare(tiny_sd1)
     assert guard.subjects_ == {"cat"}
+    learnt = {"a", "cat", "fish", *sizes}
+    assert guard.said_ <= learnt and {"a", "cat", "fish"} <= guard.said_  # some are held out
+
+
+def test_strictly_only_words_of_benign_prompts_stay_where_one_was_taken_out(tiny_model):
+    """A prompt without a harmful word keeps all of its words."""
+    texts = ["my dog, a bomb In the zebra park", "my zebra in the park"]
+    guard = finder(tiny_model, said=["a", "in", "the", "park", "dog"], strict=True)
+    guard.prepare(tiny_model)
+    seen = guard._read_again(tiny_model.encode(texts))
+    assert seen.written.texts == ("dog, a In the park", texts[1])
+    lax = finder(tiny_model)
+    lax.prepare(tiny_model)
+    seen = lax._read_again(tiny_model.encode(texts[:1]))
+    assert seen.written.texts == ("my dog, a In the zebra park",)  # the control
 
 
 def test_nothing_but_harmful_words_is_the_empty_prompt(tiny_model):
@@ -148,6 +164,12 @@ def test_a_words_tokens_are_counted_with_its_learnt_ones(tiny_sd1):
     wish = wished(tiny_sd1, Written(("a <*> park",), (two,), (None,), (None,)), "a park")
     assert wish.tokens(tiny_sd1, "clip_l")[1] == 2
     assert wish.order({0, 1}, "x") == [None, 2] and wish.order({0, 1}) == [2]
+
+
+def test_learnt_embeddings_are_no_strange_words(tiny_sd1):
+    row = Written(("a <*> , zebra",), (soft(tiny_sd1, "red car"),), (None,), (None,))
+    again = Rereading(tiny_sd1, {}, known=frozenset({"a"}))
+    assert again._strange(wished(tiny_sd1, row, "")) == {3}
 
 
 def test_it_must_come_before_guards_that_edit_the_states(tiny_sd1):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import torch
 
 from safelight.flow import Verdict
@@ -34,6 +35,40 @@ def test_every_text_gets_the_judges_answer_in_its_place(tiny_sd1):
     answers = {"a cat": False, "a sword": True, "a fog": None}
     found, shown = seen_by(tiny_sd1, ["a cat", "a sword", "a fog"] * 15, answers.get)
     assert found == [False, True, None] * 15 and len(shown) == 45
+
+
+def test_what_is_unsafe_by_chance_is_not_taken_for_unsafe(tiny_sd1):
+    """Flagged texts are painted again with other noise; one harmless picture makes them unclear."""
+    seen = []
+
+    def judge(images, texts):
+        seen.extend(zip(texts, images, strict=True))
+        times = [sum(text == one for text, _ in seen) for one in texts]
+        safe_at = {"a cat": 1, "a rock": 2, "a sword": 9}
+        return [Verdict(n < safe_at[text], 0.5, "judge")
+                for text, n in zip(texts, times, strict=True)]  # fmt: skip
+
+    texts = ["a cat", "a rock", "a sword"]
+    assert paints_unsafe(tiny_sd1, texts, judge, looks=3, steps=2) == [False, None, True]
+    assert [text for text, _ in seen] == [*texts, "a rock", "a sword", "a sword"]
+    swords = [image for text, image in seen if text == "a sword"]
+    assert not torch.equal(swords[0], swords[1]) and not torch.equal(swords[1], swords[2])
+    seen.clear()
+    assert paints_unsafe(tiny_sd1, texts, judge, steps=2) == [False, True, True]  # control
+
+
+@pytest.mark.parametrize("known", [{}, {"avx512_bf16": True}, {"amx_bf16": True}])
+def test_pictures_are_painted_in_bfloat16_only_where_the_cpu_computes_in_it(
+    tiny_sd1, monkeypatch, known
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    precise = []
+    forward = tiny_sd1.denoiser.register_forward_hook(
+        lambda *_: precise.append(not torch.is_autocast_enabled("cpu"))
+    )
+    _, shown = seen_by(tiny_sd1, ["a cat"], lambda text: False)
+    forward.remove()
+    assert set(precise) == {not known} and shown.dtype == torch.float32
 
 
 def test_the_untouched_model_is_looked_at(tiny_sd1):
@@ -69,7 +104,7 @@ def test_a_sanitizer_holds_words_that_look_harmless_and_removes_those_that_do_no
 ):
     asked = []
 
-    def paints(model, words, judge):
+    def paints(model, words, judge, looks):
         asked.extend(words)
         return [i % 2 == 0 for i in range(len(words))]
 
@@ -98,7 +133,7 @@ def test_scenes_that_paint_something_unsafe_are_targets_and_the_others_are_held(
 ):
     looked = {}
 
-    def paints(model, texts, judge):
+    def paints(model, texts, judge, looks):
         flags = [(True, False, None)[i % 3] for i in range(len(texts))]
         looked.update(zip(texts, flags, strict=True))
         return flags

@@ -31,12 +31,14 @@ Ours, beyond the paper:
   paint something unsafe.
 - *Scenes.* What a word does beside others, only a picture of both can tell: a `witness` also looks
   at variants of benign prompts, made of harmless words and of words that are unsafe alone, and at
-  target contexts with another word in their phrase.
+  target contexts with another word in their phrase. Words that say little to a model paint
+  something unsafe by chance: only what does so in each of `looks` pictures is unsafe.
 - *Reading again.* With `reread` the words whose strength is 1 are taken out of the prompt, and the
   encoders read what is left; only then is E rewritten. What a residual leaves behind, a word that
   was never read cannot. A sentence about nothing is painted as anything: where no subject is left,
   `instead` stands in their place. Subjects are the words that benign prompts say more often than
-  unsafe ones do beside what is unsafe in them.
+  unsafe ones do beside what is unsafe in them. Around words that are found, searches put others
+  that nobody knows the harm of: with `strict` only words that benign prompts say stay there.
 - *Strange contexts.* Whoever searches for prompts writes no sentences: targets also stand behind
   and among random words (`led`, `scattered`), and so do benign texts (`variants`).
 - *Every tensor.* Each encoder's token states and each pooled vector has its own network.
@@ -82,6 +84,7 @@ from safelight.training.pairs import (
     in_templates,
     of_prompts,
     pair,
+    said_in,
     subjects,
 )
 from safelight.training.wider import (
@@ -99,6 +102,7 @@ Fusion = Literal["reach", "own"]
 Estimate = Literal["residual", "anchor"]
 Supervision = Literal["target", "shift", "none"]
 SMALL = 512  # encoders narrower than this are toys: wider steps, narrower networks
+NARROWEST = 16  # numbers in an attention head; narrower ones cost more and see less
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +113,13 @@ class Sanitizer(TrainedGuard):
         alpha: Strength at use: 0 changes nothing, 1 is as trained, more acts on lower scores too.
         reread: Read the prompt again without the words whose strength is 1, before the rest is
             rewritten.
+        strict: With `reread`: of a prompt that a word was taken out of only those words stay that
+            benign prompts and anchors say.
         instead: With `reread`, words that stand where others were taken out, if that leaves no
             subject in the prompt.
         depth: Transformer layers of each network.
         width: Their width; None is the encoder's own up to 768, half of it for small encoders.
-        heads: Attention heads.
+        heads: Attention heads, fewer where each would have less than 16 numbers.
         fusion: A token's strength is its "reach" (the highest score it has seen) or its "own".
         estimate: What is learnt is a "residual", or the "anchor" that is interpolated to.
         supervise: Scores are taught the "target" tokens, the "shift" that a token needs, or "none".
@@ -125,6 +131,8 @@ class Sanitizer(TrainedGuard):
         contexts: Pairs to learn from, at most.
         witness: Name of a judge. With one, doubtful words are painted once and looked at, and what
             it sees decides, instead of `least` and `lead`, whether a word is a neighbour.
+        looks: Pictures of a text, each with other noise, that all have to be unsafe before the
+            witness takes it for unsafe. What is unsafe by chance is neither held nor a target.
         scenes: Variants of benign prompts, and of phrases, that the witness looks at. Only those
             that paint nothing unsafe are held; the others are targets, and the prompts that they
             are variants of the anchors.
@@ -164,6 +172,7 @@ class Sanitizer(TrainedGuard):
 
     alpha: float = 1.0
     reread: bool = False
+    strict: bool = False
     instead: str = ""
     depth: int = 2
     width: int | None = None
@@ -178,6 +187,7 @@ class Sanitizer(TrainedGuard):
     templates: tuple[str, ...] = TEMPLATES
     contexts: int = 1800
     witness: str = ""
+    looks: int = 3
     kept: int = 3
     scenes: int = 1000
     again: int = 2
@@ -201,7 +211,7 @@ class Sanitizer(TrainedGuard):
             raise BadInput(f"witness: {unknown('judge', self.witness, table('judge'))}")
         if not self.alpha >= 0:
             raise BadInput(f"alpha must be 0 or more, not {self.alpha}.")
-        for name in ("depth", "heads", "contexts"):
+        for name in ("depth", "heads", "contexts", "looks"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1, not {getattr(self, name)}.")
         for name in (
@@ -231,12 +241,14 @@ class Sanitizer(TrainedGuard):
     starts_ = {}  # type: dict[str, int]  # how many marks each encoder puts before a text
     model_ = None  # type: Any
     subjects_ = frozenset()  # type: frozenset[str]
+    said_ = frozenset()  # type: frozenset[str]
 
     def prepare(self, model: TextToImage) -> None:
         super().prepare(model)
         object.__setattr__(self, "model_", model)
         info = self.fitted_.info if self.fitted_ else {}
         object.__setattr__(self, "subjects_", frozenset(info.get("subjects", ())))
+        object.__setattr__(self, "said_", frozenset(info.get("said", ())))
 
     def network(self, model: TextToImage) -> nn.Module:
         """One sanitizer for every tensor of the chosen encoders that the denoiser reads."""
@@ -245,8 +257,8 @@ class Sanitizer(TrainedGuard):
 
     def _one(self, dim: int) -> Network:
         width = self.width or min(dim if dim >= SMALL else max(dim // 2, 8), 768)
-        width = -(-width // self.heads) * self.heads
-        return Network(dim, width, self.depth, self.heads, self.estimate)
+        heads = max(1, min(self.heads, width // NARROWEST))
+        return Network(dim, -(-width // heads) * heads, self.depth, heads, self.estimate)
 
     def _pieces(self, model: TextToImage) -> list[tuple[str, int]]:
         """Each tensor's name and width: `<encoder>` for states, `<encoder>.pooled`."""
@@ -288,7 +300,8 @@ class Sanitizer(TrainedGuard):
                 "sanitizer with reread encodes prompts again, which would undo the guards before "
                 "it; name it before guards that edit the text states."
             )
-        again = Rereading(self.model_, self.starts_, self.instead, self.subjects_)
+        known = self.said_ if self.strict else None
+        again = Rereading(self.model_, self.starts_, self.instead, self.subjects_, known)
         return again.read(condition, self._strong)
 
     @torch.no_grad()
@@ -370,6 +383,7 @@ class Sanitizer(TrainedGuard):
             safe_held,
             nearby=words.unsafe,
             spoken_of=subjects(pairs, safe),
+            said=said_in([*safe, *(one.anchor for one in pairs)]),
             hashes=data.hashes(),
         )
 
@@ -429,7 +443,7 @@ class Sanitizer(TrainedGuard):
             return None
         judge = find("judge", self.witness)()
         judge.require()
-        return lambda texts: paints_unsafe(model, texts, judge)
+        return lambda texts: paints_unsafe(model, texts, judge, looks=self.looks)
 
     def _made_up(
         self, pairs: Sequence[Pair], words: Words, rng: torch.Generator
@@ -538,6 +552,7 @@ class Sanitizer(TrainedGuard):
             "held_out": len(material.pairs) - material.learnt,
             "nearby_words": list(material.nearby),
             "subjects": list(material.spoken_of),
+            "said": list(material.said),
             "tensors": list(material.tau.pieces),
             "scale": material.scale,
         }

@@ -120,12 +120,14 @@ class Rereading:
         starts: How many marks each encoder puts before a text.
         instead: Words that stand where others were taken out, if no subject is left.
         subjects: Words about which a prompt can be.
+        known: Words that may stay where others were taken out; None is every word.
     """
 
     model: TextToImage
     starts: Mapping[str, int]
     instead: str = ""
     subjects: frozenset[str] = frozenset()
+    known: frozenset[str] | None = None
 
     def read(self, condition: Condition, harmful: Callable[[Condition], Places]) -> Condition:
         """Prompts without their harmful words, until none is found or `READINGS` are over.
@@ -147,7 +149,7 @@ class Rereading:
             rows = [i for i, words in more.items() if words]
             if not rows:
                 break
-            gone |= {i: gone.get(i, frozenset()) | more[i] for i in rows}
+            gone |= {i: gone.get(i, self._strange(wishes[i])) | more[i] for i in rows}
             new = joined([self._left(wishes[i], gone[i]) for i in rows])
             now = now.put(rows, self.model.encode_written(new, tuple(condition.layout)))
         return now
@@ -162,6 +164,16 @@ class Rereading:
             first = self.starts[encoder] + len((wish.row.front[0] or {}).get(encoder, ()))
             found |= {owner[t - first] for t in tokens if 0 <= t - first < len(owner)}
         return frozenset(j for j in found if j is not None)
+
+    def _strange(self, wish: Wish) -> frozenset[int]:
+        """The words that nobody knows; learnt embeddings are no words."""
+        if self.known is None:
+            return frozenset()
+        return frozenset(
+            i
+            for i, word in enumerate(wish.words)
+            if PLACEHOLDER not in word and bare(word) and bare(word) not in self.known
+        )
 
     def _left(self, wish: Wish, gone: frozenset[int]) -> Written:
         return wish.keeping(gone, self._instead(wish, gone), self.model)

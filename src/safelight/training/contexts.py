@@ -33,6 +33,7 @@ class Material:
         scale: Mean squared norm of a benign token, by tensor: the unit of L_map and L_id.
         nearby: Words that augmentation put in place of targets.
         spoken_of: Subjects of benign texts.
+        said: All words of benign texts.
         hashes: SHA-256 of each prompt set.
     """
 
@@ -45,6 +46,7 @@ class Material:
     scale: dict[str, float]
     nearby: tuple[str, ...]
     spoken_of: tuple[str, ...]
+    said: tuple[str, ...]
     hashes: dict[str, str]
 
     def mask(self, encoder: str, said: Sequence[str]) -> Tensor:
@@ -75,6 +77,7 @@ def remembered(
     *,
     nearby: Sequence[str] = (),
     spoken_of: Sequence[str] = (),
+    said: Sequence[str] = (),
     hashes: Mapping[str, str] | None = None,
 ) -> Material:
     """What the original encoders say of pairs and benign texts, read once."""
@@ -94,6 +97,7 @@ def remembered(
         scale=scale,
         nearby=tuple(nearby),
         spoken_of=tuple(spoken_of),
+        said=tuple(said),
         hashes=dict(hashes or {}),
     )
 

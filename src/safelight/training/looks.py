@@ -1,12 +1,13 @@
 """What the untouched model paints for words and sentences, and what a judge says about it.
 
 An encoder puts "hammer" near "axe". Whether the model then paints something unsafe only a picture
-can tell. One picture each, few steps: this says what a text is good for, it is not art.
+can tell. One picture each, few steps, in bfloat16 where the CPU computes in it: this says what a
+text is good for, it is not art.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,28 +18,59 @@ from safelight.models.base import TextToImage
 SHARE = 5  # of the steps that a picture usually takes
 BATCH = 32
 SEED = 2**30  # far from those of any evaluation
+APART = 2**20  # and those of one look from those of the next
 
 Judging = Callable[[Tensor, Sequence[str]], Sequence[Verdict]]
 
 
 @torch.no_grad()
 def paints_unsafe(
-    model: TextToImage, texts: Sequence[str], judge: Judging, *, steps: int | None = None
+    model: TextToImage,
+    texts: Sequence[str],
+    judge: Judging,
+    *,
+    looks: int = 1,
+    steps: int | None = None,
 ) -> list[bool | None]:
-    """For each text whether the judge flags the untouched model's picture of it.
+    """For each text whether the judge flags what the untouched model paints for it.
 
     Args:
+        looks: How many pictures of a text have to be unsafe, each with noise of its own. Of a text
+            that says little to a model, some pictures are unsafe by chance.
         steps: Of the sampler; None is a fifth of the model's own, four at least.
 
     Returns:
-        True or False; None where the judge cannot tell.
+        True where all pictures are flagged, False where the first is not; None where they differ
+        or the judge cannot tell.
     """
     steps = steps or max(4, model.sampling.steps // SHARE)
+    found = _look(model, texts, judge, steps, SEED)
+    for n in range(1, looks):
+        flagged = [i for i, flag in enumerate(found) if flag]
+        again = _look(model, [texts[i] for i in flagged], judge, steps, SEED + n * APART)
+        for i, flag in zip(flagged, again, strict=True):
+            found[i] = True if flag else None
+    return found
+
+
+def _look(
+    model: TextToImage, texts: Sequence[str], judge: Judging, steps: int, seed: int
+) -> list[bool | None]:
+    """What the judge says of one picture of each text."""
     found: list[bool | None] = []
     with model.unpatched():
         for start in range(0, len(texts), BATCH):
             part = texts[start : start + BATCH]
-            seeds = [SEED + start + i for i in range(len(part))]
-            pictures = model.decode(model.sample(model.encode(part), seed=seeds, steps=steps))
-            found += [verdict.flagged for verdict in judge(pictures, part)]
+            seeds = [seed + start + i for i in range(len(part))]
+            condition = model.encode(part)
+            with torch.autocast("cpu", torch.bfloat16, enabled=_faster_in_bfloat16(model)):
+                pictures = model.decode(model.sample(condition, seed=seeds, steps=steps))
+            found += [verdict.flagged for verdict in judge(pictures.float(), part)]
     return found
+
+
+def _faster_in_bfloat16(model: TextToImage) -> bool:
+    """Whether the model runs on a CPU with instructions for bfloat16; others only emulate it."""
+    ask = getattr(torch.cpu, "get_capabilities", dict)  # since torch 2.11
+    known: Mapping[str, object] = ask()
+    return model.device.type == "cpu" and bool(known.get("avx512_bf16") or known.get("amx_bf16"))

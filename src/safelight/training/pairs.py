@@ -110,8 +110,8 @@ def subjects(
         times: How many times as often.
         least: Number of benign texts that say it.
     """
-    beside = Counter(word for one in pairs for word in _said(one.saying("").target))
-    said = Counter(word for text in benign for word in _said(text))
+    beside = Counter(word for one in pairs for word in _words(one.saying("").target))
+    said = Counter(word for text in benign for word in _words(text))
     rate = times * len(benign) / max(len(pairs), 1)
     return tuple(sorted(w for w, n in said.items() if n >= least and n > rate * (beside[w] + 1)))
 
@@ -121,7 +121,12 @@ def bare(word: str) -> str:
     return word.lower().strip(MARKS)
 
 
-def _said(text: str) -> set[str]:
+def said_in(texts: Iterable[str]) -> tuple[str, ...]:
+    """All words of some texts."""
+    return tuple(sorted({word for text in texts for word in _words(text)}))
+
+
+def _words(text: str) -> set[str]:
     return {bare(word) for word in text.split()} - {""}
 
 
