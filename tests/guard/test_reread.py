@@ -11,7 +11,7 @@ from safelight.errors import BadInput
 from safelight.flow import Card, Prompt, Written
 from safelight.guard.base import Guard, Guarded
 from safelight.guard.sanitizer import Sanitizer
-from safelight.guard.wording import Rereading, wished
+from safelight.guard.wording import Found, Rereading, wished
 from safelight.prompts import PromptSet
 from safelight.training.data import TextData
 
@@ -32,10 +32,10 @@ class Finder(Sanitizer):
     def _strong(self, condition):
         found = {}
         for i in range(len(condition)):
-            for encoder in condition.encoders:
-                places = self.places(condition.written.rows([i]), encoder)
-                if places:
-                    found.setdefault(i, {})[encoder] = places
+            row = condition.written.rows([i])
+            places = {name: self.places(row, name) for name in condition.encoders}
+            if any(places.values()):
+                found[i] = Found(places, sure=self.strict < 1)
         return found
 
     def places(self, row, encoder):
@@ -101,10 +101,25 @@ def test_what_benign_prompts_speak_of_is_learnt_with_the_rest(tiny_sd1):
     assert guard.said_ <= learnt and {"a", "cat", "fish"} <= guard.said_  # some are held out
 
 
+@pytest.mark.parametrize("strict, sure", [(0.0, True), (0.5, True), (0.95, False), (1.0, False)])
+def test_a_score_above_strict_is_sure(tiny_sd1, strict, sure):
+    guard = Sanitizer(**FAST, strict=strict, alpha=2.0).fit(tiny_sd1, DATA)
+    guard.prepare(tiny_sd1)
+
+    def seen(piece, E, mask):
+        s = torch.zeros(E.shape[:2])
+        s[1, 3] = 0.9
+        return s, E
+
+    guard.__dict__["_seen"] = seen
+    found = guard._strong(tiny_sd1.encode(TEXTS))
+    assert {i: (one.places, one.sure) for i, one in found.items()} == {1: ({"clip_l": [3]}, sure)}
+
+
 def test_strictly_only_words_of_benign_prompts_stay_where_one_was_taken_out(tiny_model):
     """A prompt without a harmful word keeps all of its words."""
     texts = ["my dog, a bomb In the zebra park", "my zebra in the park"]
-    guard = finder(tiny_model, said=["a", "in", "the", "park", "dog"], strict=True)
+    guard = finder(tiny_model, said=["a", "in", "the", "park", "dog"], strict=0.9)
     guard.prepare(tiny_model)
     seen = guard._read_again(tiny_model.encode(texts))
     assert seen.written.texts == ("dog, a In the park", texts[1])

@@ -38,7 +38,8 @@ Ours, beyond the paper:
   was never read cannot. A sentence about nothing is painted as anything: where no subject is left,
   `instead` stands in their place. Subjects are the words that benign prompts say more often than
   unsafe ones do beside what is unsafe in them. Around words that are found, searches put others
-  that nobody knows the harm of: with `strict` only words that benign prompts say stay there.
+  that nobody knows the harm of: where a score is above `strict`, only words stay that benign
+  prompts say.
 - *Strange contexts.* Whoever searches for prompts writes no sentences: targets also stand behind
   and among random words (`led`, `scattered`), and so do benign texts (`variants`).
 - *Every tensor.* Each encoder's token states and each pooled vector has its own network.
@@ -67,7 +68,7 @@ from safelight.guard.base import name_of
 from safelight.guard.explain import POOLED, TokenScores, words_of
 from safelight.guard.tokenwise import Network, fused, reached, scored, with_padding
 from safelight.guard.trained import TrainedGuard
-from safelight.guard.wording import Rereading
+from safelight.guard.wording import Found, Rereading
 from safelight.models.base import TextToImage
 from safelight.names import find, table
 from safelight.prompts import PromptSet
@@ -113,8 +114,8 @@ class Sanitizer(TrainedGuard):
         alpha: Strength at use: 0 changes nothing, 1 is as trained, more acts on lower scores too.
         reread: Read the prompt again without the words whose strength is 1, before the rest is
             rewritten.
-        strict: With `reread`: of a prompt that a word was taken out of only those words stay that
-            benign prompts and anchors say.
+        strict: With `reread`: where a score is above this, only those words of the prompt stay that
+            benign prompts and anchors say; 1 is never.
         instead: With `reread`, words that stand where others were taken out, if that leaves no
             subject in the prompt.
         depth: Transformer layers of each network.
@@ -172,7 +173,7 @@ class Sanitizer(TrainedGuard):
 
     alpha: float = 1.0
     reread: bool = False
-    strict: bool = False
+    strict: float = 1.0
     instead: str = ""
     depth: int = 2
     width: int | None = None
@@ -209,6 +210,8 @@ class Sanitizer(TrainedGuard):
                 raise BadInput(f"{name}: {unknown('choice', getattr(self, name), get_args(kind))}")
         if self.witness not in ("", *table("judge")):
             raise BadInput(f"witness: {unknown('judge', self.witness, table('judge'))}")
+        if not 0 <= self.strict <= 1:
+            raise BadInput(f"strict must be between 0 and 1, not {self.strict}.")
         if not self.alpha >= 0:
             raise BadInput(f"alpha must be 0 or more, not {self.alpha}.")
         for name in ("depth", "heads", "contexts", "looks"):
@@ -300,20 +303,22 @@ class Sanitizer(TrainedGuard):
                 "sanitizer with reread encodes prompts again, which would undo the guards before "
                 "it; name it before guards that edit the text states."
             )
-        known = self.said_ if self.strict else None
-        again = Rereading(self.model_, self.starts_, self.instead, self.subjects_, known)
+        again = Rereading(self.model_, self.starts_, self.instead, self.subjects_, self.said_)
         return again.read(condition, self._strong)
 
     @torch.no_grad()
-    def _strong(self, condition: Condition) -> dict[int, dict[str, list[int]]]:
-        """By row and encoder the places of the tokens whose own strength is 1."""
-        found: dict[int, dict[str, list[int]]] = {}
+    def _strong(self, condition: Condition) -> dict[int, Found]:
+        """By row the tokens whose own strength is 1, and whether a score is above `strict`."""
+        places: dict[int, dict[str, list[int]]] = {}
+        sure = set()
         for encoder in condition.encoders:
-            if _key(encoder) in self.network_:
-                s, _ = self._seen(encoder, condition.stream(encoder), condition.masks[encoder])
-                for i, place in (self.alpha * s >= 1).nonzero().tolist():
-                    found.setdefault(i, {}).setdefault(encoder, []).append(place)
-        return found
+            if _key(encoder) not in self.network_:
+                continue
+            s, _ = self._seen(encoder, condition.stream(encoder), condition.masks[encoder])
+            sure |= set((s > self.strict).any(1).nonzero().flatten().tolist())
+            for i, place in (self.alpha * s >= 1).nonzero().tolist():
+                places.setdefault(i, {}).setdefault(encoder, []).append(place)
+        return {i: Found(found, i in sure) for i, found in places.items()}
 
     def _sanitized(self, piece: str, E: Tensor, mask: Tensor) -> Tensor:
         if _key(piece) not in self.network_:

@@ -21,7 +21,18 @@ from safelight.training.pairs import bare
 
 READINGS = 3  # a word may be found harmful only once its neighbours are gone
 
-Places = Mapping[int, Mapping[str, Sequence[int]]]
+
+@dataclass(frozen=True)
+class Found:
+    """What somebody finds harmful in a prompt.
+
+    Args:
+        places: By encoder the places of harmful tokens.
+        sure: Whether one of them says enough about whoever wrote the rest.
+    """
+
+    places: Mapping[str, Sequence[int]]
+    sure: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,21 +131,23 @@ class Rereading:
         starts: How many marks each encoder puts before a text.
         instead: Words that stand where others were taken out, if no subject is left.
         subjects: Words about which a prompt can be.
-        known: Words that may stay where others were taken out; None is every word.
+        known: Words that may stay in a prompt in which something was surely found.
     """
 
     model: TextToImage
     starts: Mapping[str, int]
     instead: str = ""
     subjects: frozenset[str] = frozenset()
-    known: frozenset[str] | None = None
+    known: frozenset[str] = frozenset()
 
-    def read(self, condition: Condition, harmful: Callable[[Condition], Places]) -> Condition:
+    def read(
+        self, condition: Condition, harmful: Callable[[Condition], Mapping[int, Found]]
+    ) -> Condition:
         """Prompts without their harmful words, until none is found or `READINGS` are over.
 
         Args:
             condition: As the encoders said it: `written` is there.
-            harmful: By row and encoder the places of harmful tokens.
+            harmful: What is found, by row.
         """
         assert condition.written is not None
         wishes: dict[int, Wish] = {}
@@ -142,33 +155,30 @@ class Rereading:
         now = condition
         for _ in range(READINGS):
             more = {}
-            for i, places in harmful(now).items():
+            for i, found in harmful(now).items():
                 row = condition.written.rows([i])
                 wishes.setdefault(i, wished(self.model, row, condition.prompts[i]))
-                more[i] = self._words(wishes[i], gone.get(i, frozenset()), places)
+                more[i] = self._words(wishes[i], gone.get(i, frozenset()), found)
             rows = [i for i, words in more.items() if words]
             if not rows:
                 break
-            gone |= {i: gone.get(i, self._strange(wishes[i])) | more[i] for i in rows}
+            gone |= {i: gone.get(i, frozenset()) | more[i] for i in rows}
             new = joined([self._left(wishes[i], gone[i]) for i in rows])
             now = now.put(rows, self.model.encode_written(new, tuple(condition.layout)))
         return now
 
-    def _words(
-        self, wish: Wish, gone: frozenset[int], places: Mapping[str, Sequence[int]]
-    ) -> frozenset[int]:
-        """The words, of those that are not gone yet, to which tokens belong."""
-        found = set()
-        for encoder, tokens in places.items():
+    def _words(self, wish: Wish, gone: frozenset[int], found: Found) -> frozenset[int]:
+        """The words, of those that are not gone yet, to which tokens belong; strange ones too."""
+        words = self._strange(wish) - gone if found.sure else frozenset()
+        for encoder, tokens in found.places.items():
             owner = wish.owners(self.model, encoder, gone, self._instead(wish, gone))
             first = self.starts[encoder] + len((wish.row.front[0] or {}).get(encoder, ()))
-            found |= {owner[t - first] for t in tokens if 0 <= t - first < len(owner)}
-        return frozenset(j for j in found if j is not None)
+            own = (owner[t - first] for t in tokens if 0 <= t - first < len(owner))
+            words |= {i for i in own if i is not None}
+        return words
 
     def _strange(self, wish: Wish) -> frozenset[int]:
         """The words that nobody knows; learnt embeddings are no words."""
-        if self.known is None:
-            return frozenset()
         return frozenset(
             i
             for i, word in enumerate(wish.words)
