@@ -15,6 +15,7 @@ from safelight.align.dpo import DPO, safeguard
 from safelight.errors import BadInput, Unsupported, WorkFailed
 from safelight.models.patch import Patch
 from safelight.models.tiny import tiny
+from safelight.training import weights
 from safelight.training.lookalikes import Lookalikes
 from safelight.training.twins import Twin, Twins
 from safelight.training.weights import unadapted
@@ -329,7 +330,7 @@ def test_duo_has_a_convention_of_its_own_and_scales_rate_and_weight_with_beta(ti
 
 @pytest.mark.parametrize("parameters, beta", [(10**6, 5), (10**9, 5000)])
 def test_beta_is_the_published_one_but_for_small_denoisers(tiny_sd1, monkeypatch, parameters, beta):
-    monkeypatch.setattr(dpo, "SMALL", 10**12 if parameters < 10**8 else 1)
+    monkeypatch.setattr(weights, "SMALL", 10**12 if parameters < 10**8 else 1)
     assert DPO().beta is None and DPO().scale(tiny_sd1) == beta / 2
     assert gathered(DPO(**QUICK), tiny_sd1).info["beta"] == beta
     assert DPO(beta=70.0).scale(tiny_sd1) == 35

@@ -73,7 +73,7 @@ from safelight.training.captions import Captions
 from safelight.training.data import shuffled
 from safelight.training.lookalikes import Lookalikes, lookalikes
 from safelight.training.twins import Twins
-from safelight.training.weights import Loan, lora, unadapted
+from safelight.training.weights import Loan, lora, small, unadapted
 
 Variant = Literal["dpo", "sdpo", "duo"]
 CaptionMode = Literal["unsafe", "both"]
@@ -81,7 +81,6 @@ Flip = Literal["pair", "each", "off"]
 Shared = Literal["both", "noise", "none"]
 
 CHECKED = 64  # rows of held-out pairs, at fixed times and noise
-SMALL = 10**8  # parameters of a denoiser that is far smaller than those of published settings
 
 log = logging.getLogger(__name__)
 
@@ -666,11 +665,6 @@ def safeguard(
     along = (d_w * d_l).sum()
     cap = (1 - mu) * d_w.square().sum() / along
     return torch.where(along > 0, cap.clamp(0, 1), torch.ones_like(along)).detach()
-
-
-def small(model: TextToImage) -> bool:
-    """Whether a denoiser is far smaller than those of published settings."""
-    return sum(p.numel() for p in model.denoiser.parameters()) < SMALL
 
 
 def _encoded(
