@@ -216,6 +216,7 @@ def test_concepts_are_what_unsafe_prompts_have_and_safe_ones_have_not(tiny_sd1):
     method = ESD(**QUICK | {"concepts": ()})
     patch = method.fit(tiny_sd1, data)
     assert patch.info["concepts"] == ["long knife", "skull"] and "unsafe" in patch.info["data"]
+    assert patch.info["categories"] == ["x"]
 
 
 def test_every_concept_has_its_turn(tiny_sd1):

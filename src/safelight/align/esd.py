@@ -160,6 +160,7 @@ class ESD(Trained):
             steps=steps,
             iterations=self.iterations or (300 if small(model) else 1000),
             data={} if data is None or self.concepts else data.hashes(),
+            categories=() if data is None or self.concepts else _categories(data),
         )
         with model.unpatched():
             if self.painter == "frozen":
@@ -224,6 +225,7 @@ class ESD(Trained):
             "iterations": material.iterations,
             "paint_steps": material.steps,
             "concepts": list(material.concepts),
+            "categories": list(material.categories),
             "data": material.data,
         }
 
@@ -236,6 +238,7 @@ class Material:
         concepts: What is to be removed.
         steps, iterations: What the settings come to on this model.
         data: SHA-256 of the prompt sets that the concepts are from.
+        categories: Of their prompts.
         states: Of the frozen model's paintings, if they are learnt from.
         checked: Of the same, to look at after every epoch.
     """
@@ -244,6 +247,7 @@ class Material:
     steps: int
     iterations: int
     data: dict[str, str]
+    categories: tuple[str, ...] = ()
     states: States | None = None
     checked: States | None = None
 
@@ -288,6 +292,10 @@ def named(prompts: Sequence[Prompt]) -> tuple[str, ...]:
     """What prompts have and their safe counterparts have not, each once."""
     phrases = (pair(p.text, p.safe_prompt).phrase if p.safe_prompt else p.text for p in prompts)
     return tuple(dict.fromkeys(phrase for phrase in phrases if phrase.strip()))
+
+
+def _categories(data: TextData) -> tuple[str, ...]:
+    return tuple(sorted({prompt.category for prompt in data.unsafe_prompts} - {""}))
 
 
 @torch.no_grad()
