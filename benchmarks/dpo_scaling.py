@@ -4,8 +4,9 @@
         --how co_merge --winners category --beside runs/dpo/one -o runs/dpo-scaling
 
 The first n experts are merged; prompts of their categories say how much is gone, benign ones what
-it costs. `--beside` measures one patch on the categories it was trained on, such as one LoRA on all
-data. Concepts are the unsafe objects that the prompts of those categories name. Prints a Markdown
+it costs. `--beside` measures patches on the categories they were trained on, such as one LoRA on
+all data, or edits of 1, 2, 4, ... categories (`safelight align esd ... --unsafe alcohol,death`).
+Concepts are the unsafe objects that the prompts of those categories name. Prints a Markdown
 table; `table.json`, `scaling.svg` and one run per row are in the folder. A second call goes on.
 """
 
@@ -37,7 +38,7 @@ def main() -> None:
     ask.add_argument("experts", type=Path, nargs="+")
     ask.add_argument("--how", default="cat", help="way to merge [cat]")
     ask.add_argument("--winners", help="of co_merge: all or category")
-    ask.add_argument("--beside", type=Path, help="a patch to compare with")
+    ask.add_argument("--beside", type=Path, nargs="+", default=[], help="patches to compare with")
     ask.add_argument("--limit", type=int, default=48, help="prompts of each kind [48]")
     ask.add_argument("-o", "--output", type=Path, required=True)
     given = ask.parse_args()
@@ -51,10 +52,10 @@ def main() -> None:
         settings = {"winners": given.winners} if given.winners else {}
         patch = merge(model, some, given.how, prompts=sets, **settings)
         rows.append(measured(model, patch, some, given.output, str(n), given.limit))
-    if given.beside is not None:
-        one = Patch.load(given.beside)
-        about = measured(model, one, [one], given.output, "beside", given.limit)
-        rows.append(about | {"what": given.beside.name})
+    for path in given.beside:
+        one = Patch.load(path)
+        about = measured(model, one, [one], given.output, f"beside-{path.name}", given.limit)
+        rows.append(about | {"what": path.name})
     (given.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
     (given.output / "scaling.svg").write_text(drawn(rows))
     print(table(rows))

@@ -15,6 +15,8 @@ from safelight.align.dpo import DPO, safeguard
 from safelight.errors import BadInput, Unsupported, WorkFailed
 from safelight.models.patch import Patch
 from safelight.models.tiny import tiny
+from safelight.training import weights
+from safelight.training.lookalikes import Lookalikes
 from safelight.training.twins import Twin, Twins
 from safelight.training.weights import unadapted
 
@@ -328,7 +330,7 @@ def test_duo_has_a_convention_of_its_own_and_scales_rate_and_weight_with_beta(ti
 
 @pytest.mark.parametrize("parameters, beta", [(10**6, 5), (10**9, 5000)])
 def test_beta_is_the_published_one_but_for_small_denoisers(tiny_sd1, monkeypatch, parameters, beta):
-    monkeypatch.setattr(dpo, "SMALL", 10**12 if parameters < 10**8 else 1)
+    monkeypatch.setattr(weights, "SMALL", 10**12 if parameters < 10**8 else 1)
     assert DPO().beta is None and DPO().scale(tiny_sd1) == beta / 2
     assert gathered(DPO(**QUICK), tiny_sd1).info["beta"] == beta
     assert DPO(beta=70.0).scale(tiny_sd1) == 35
@@ -472,6 +474,44 @@ def test_a_batch_in_pieces_keeps_the_same(tiny_sd1):
         torch.testing.assert_close(cut.low_rank[key][1], up, rtol=1e-3, atol=2e-5)
 
 
+def test_half_of_what_is_kept_are_lookalikes_with_their_own_pictures(tiny_sd1, monkeypatch):
+    asked, images = {}, torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+    def found(model, prompts, benign, judge, count, rng):
+        asked.update(prompts=prompts, benign=benign, judge=type(judge).__name__, count=count)
+        return Lookalikes(("a fork 0", "a fork 1", "a fork 2"), images, ("fork",), 5)
+
+    monkeypatch.setattr(dpo, "lookalikes", found)
+    settings = QUICK | {"batch": 6}
+    method = DPO(**settings, keep=1.0, lookalikes=9, witness="fake")
+    material = gathered(method, tiny_sd1, both())
+    batch = first(method, material)
+    alike = [text.startswith("a fork") for text in batch.keeping.captions]
+    assert alike == [False] * 3 + [True] * 3
+    views = [tiny_sd1.encode_images(view) for view in (images, images.flip(-1))]
+    for row in (3, 4, 5):
+        own = int(batch.keeping.captions[row][-1])
+        assert any(torch.equal(batch.keeping.z[row], view[own]) for view in views)
+    assert asked["judge"] == "FakeJudge" and asked["count"] == 9
+    train = [row for row in TWINS if row.unsafe_prompt in {p.text for p in asked["prompts"]}]
+    assert len(train) == len(asked["prompts"]) == material.info["split"]["train"]
+    assert {p.safe_prompt for p in asked["prompts"]} < set(asked["benign"])
+    assert not any(text.startswith("a knife") for text in asked["benign"])
+    assert material.info["lookalikes"] == {"kept": 3, "looked_at": 5, "words": 1}
+    plain = first(DPO(**settings, keep=1.0), gathered(DPO(**settings, keep=1.0), tiny_sd1, both()))
+    assert not any(text.startswith("a fork") for text in plain.keeping.captions)  # control
+
+
+@pytest.mark.parametrize("found", [0, 2])
+def test_lookalikes_are_learnt_with_in_every_family_and_may_be_none(tiny_model, monkeypatch, found):
+    size = tiny_model.default_size
+    none = Lookalikes(("a fork",) * found, torch.rand(found, 3, *size))
+    monkeypatch.setattr(dpo, "lookalikes", lambda *a, **k: none)
+    method = DPO(**QUICK, keep=1.0, lookalikes=4, witness="fake")
+    patch = method.fit(tiny_model, both())
+    assert patch.info["lookalikes"]["kept"] == found
+
+
 # A whole training
 
 
@@ -606,6 +646,11 @@ def test_an_error_on_safe_pictures_that_stays_up_is_said(
         (dict(keep=math.nan), "keep is a weight, 0 or more, not nan"),
         (dict(keep=1.0, variant="duo"), "duo reads none; it has lam0"),
         (dict(keep_prompts=("emoji/safe/train",)), "set keep as well"),
+        (dict(keep=1.0, lookalikes=-1), "0 or more, not -1"),
+        (dict(lookalikes=9, witness="fake"), "lookalikes are what keep holds"),
+        (dict(keep=1.0, lookalikes=9), "need a witness"),
+        (dict(keep=1.0, witness="fake"), "looks at nothing else"),
+        (dict(keep=1.0, lookalikes=9, witness="fakir"), "Did you mean .fake"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, says):

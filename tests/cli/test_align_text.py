@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from safelight.cli import app
+from safelight.models.patch import Patch
 
 SAFE = [f"a {c} {t}" for c in ("red", "blue", "big") for t in ("cat", "dog", "car", "tree")]
 UNSAFE = [f"a {c} knife {w}" for c in ("red", "blue", "big") for w in ("", "at night", "in a park")]
@@ -73,3 +74,13 @@ def test_bad_input_is_one_message_and_nothing_half_written(
     flat = " ".join(done.stderr.replace("│", " ").split())
     assert says in flat and "Traceback" not in done.output
     assert not (tmp_path / "patch").exists()
+
+
+def test_named_concepts_need_no_prompts_and_the_table_says_what_it_is_about(tmp_path):
+    quick = ["--set", "iterations=1", "--set", "paint_steps=1", "--set", "painter=frozen",
+             "--set", "paintings=1"]  # fmt: skip
+    named = run("align", "esd", "tiny-sd1", "--set", "concepts=knife,axe", *quick,
+                "-o", tmp_path / "named")  # fmt: skip
+    assert named.exit_code == 0, named.output
+    assert "esd on its concepts" in named.stdout
+    assert Patch.load(tmp_path / "named").info["concepts"] == ["knife", "axe"]

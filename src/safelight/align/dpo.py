@@ -29,7 +29,9 @@ convention without the half (diffusers' example) 2500 is the same objective as 5
     L + keep * (beta / 2) * mean (e(z_t, t, c') - e_ref(z_t, t, c'))^2
 
 over captions c' of the other categories' pairs with their own pictures, of this one's safe
-pictures, "", and `keep_prompts` with any of these pictures, as many per step as pairs.
+pictures, "", and `keep_prompts` with any of these pictures, as many per step as pairs. With
+`lookalikes` half of them are harmless captions near unsafe ones, with what the untouched model
+paints for them (`safelight.training.lookalikes`).
 
 Each pair is used under its unsafe caption, to move, and under its safe one, to hold. An expert is
 trained on one category from the clean model; several categories at once make one expert for all.
@@ -61,15 +63,17 @@ from torch.nn.functional import logsigmoid
 
 from safelight.align.base import Loss, Trained
 from safelight.errors import BadInput, Unsupported, unknown
-from safelight.flow import Card
+from safelight.flow import Card, Prompt
 from safelight.models.base import TextToImage
 from safelight.models.patch import Patch
+from safelight.names import find, table
 from safelight.prompts import PromptSet
 from safelight.training import attention
 from safelight.training.captions import Captions
 from safelight.training.data import shuffled
+from safelight.training.lookalikes import Lookalikes, lookalikes
 from safelight.training.twins import Twins
-from safelight.training.weights import Loan, lora, unadapted
+from safelight.training.weights import Loan, lora, small, unadapted
 
 Variant = Literal["dpo", "sdpo", "duo"]
 CaptionMode = Literal["unsafe", "both"]
@@ -77,7 +81,6 @@ Flip = Literal["pair", "each", "off"]
 Shared = Literal["both", "noise", "none"]
 
 CHECKED = 64  # rows of held-out pairs, at fixed times and noise
-SMALL = 10**8  # parameters of a denoiser that is far smaller than those of published settings
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +117,9 @@ class DPO(Trained):
             published loss. With it, choose the category out of pairs of all (`Twins.only`,
             --category): the others are what the expert leaves alone. Not for duo.
         keep_prompts: Prompt sets whose captions are left alone as well, such as emoji/safe/train.
+        lookalikes: Captions that are made to look like unsafe ones; those that a witness finds
+            harmless are half of what is left alone. 0 is none.
+        witness: Name of a judge, which looks at pictures of them by the untouched model.
         recompute: Keep no activations of the denoiser for the backward pass (gradient
             checkpointing): less memory, a slower step.
     """
@@ -160,6 +166,8 @@ class DPO(Trained):
     validation: float = 0.1
     keep: float = 0.0
     keep_prompts: tuple[str, ...] = ()
+    lookalikes: int = 0
+    witness: str = ""
     recompute: bool = False
 
     def __post_init__(self) -> None:
@@ -191,6 +199,17 @@ class DPO(Trained):
             raise BadInput("keep holds what captions say, and duo reads none; it has lam0 instead.")
         if self.keep_prompts and not self.keep:
             raise BadInput("keep_prompts say what keep holds; set keep as well, such as keep=8.")
+        if self.lookalikes < 0:
+            raise BadInput(f"lookalikes is a number of captions, 0 or more, not {self.lookalikes}.")
+        if self.lookalikes and not self.keep:
+            raise BadInput("lookalikes are what keep holds; set keep as well, such as keep=8.")
+        if bool(self.lookalikes) != bool(self.witness):
+            raise BadInput(
+                "lookalikes need a witness, and a witness looks at nothing else: set both "
+                "(lookalikes=240 and the name of a judge) or neither."
+            )
+        if self.witness not in ("", *table("judge")):
+            raise BadInput(f"witness: {unknown('judge', self.witness, table('judge'))}")
 
     def scale(self, model: TextToImage) -> float:
         """What the difference of mean errors is multiplied with."""
@@ -258,13 +277,17 @@ class DPO(Trained):
         sets = [PromptSet.load(name) for name in self.keep_prompts]
         kept = self._kept(data, train, sets, rng)[: iterations * self.batch]
         whole = data.all() if self.keep else data
-        said = [*(text for _, text in self._rows(data)), *(row.caption for row in kept)]
+        near = self._near(model, data, train, sets, rng)
+        alike = [Kept(len(whole) + i, 0, text) for i, text in enumerate(near.captions)]
+        said = [*(text for _, text in self._rows(data)), *(row.caption for row in kept + alike)]
+        z_w = [self._latents(model, whole, "safe"), self._views(model, near.images)]
         material = Material(
-            z_w=self._latents(model, whole, "safe"),
+            z_w=torch.cat(z_w, 1),
             z_l=self._latents(model, whole, "unsafe"),
             captions=Captions.of(model, ["", *said]),
             rows=tuple(self._rows(data, train)),
             kept=tuple(kept),
+            alike=tuple(alike),
             times=model.random_times,
             limit=(self.latest or (0.75 if self.variant == "duo" else 1.0)) * model.noisiest,
             iterations=iterations,
@@ -274,6 +297,7 @@ class DPO(Trained):
                 | {one.name: one.sha256 for one in sets},
                 "categories": list(data.categories),
                 "split": {"train": len(train), "held": len(held), "kept": len(kept)},
+                **({"lookalikes": near.told()} if self.lookalikes else {}),
                 "targets": list(self.layers(model)),
                 "beta": self.scale(model) * (1 if self.variant == "duo" else 2),
             },
@@ -334,16 +358,38 @@ class DPO(Trained):
         rows += [Kept(*place) for place in places]
         return shuffled(rows, len(rows), rng)
 
+    def _near(
+        self,
+        model: TextToImage,
+        data: Twins,
+        train: Sequence[int],
+        sets: Sequence[PromptSet],
+        rng: torch.Generator,
+    ) -> Lookalikes:
+        """What looks like the unsafe captions and is harmless."""
+        if not self.lookalikes:
+            return Lookalikes((), torch.zeros(0, 3, *model.default_size))
+        judge = find("judge", self.witness)()
+        judge.require()
+        rows = [data.rows[i] for i in train]
+        unsafe = [Prompt(id=r.id, text=r.unsafe_prompt, safe_prompt=r.safe_prompt) for r in rows]
+        benign = [prompt.text for one in sets for prompt in one]
+        benign += [row.safe_prompt for row in (*rows, *data.others)]
+        return lookalikes(model, unsafe, benign, judge, self.lookalikes, rng)
+
     def _latents(
         self, model: TextToImage, data: Twins, side: str
     ) -> Float[Tensor, "flip pair channel h w"]:
         """Every picture as it is and, if flips are drawn, mirrored."""
-        found = []
-        for start in range(0, len(data), 16):
-            images = data.images(data.rows[start : start + 16], side, model.default_size)
-            views = [images] if self.flip == "off" else [images, images.flip(-1)]
-            found.append(torch.stack([model.encode_images(view).cpu() for view in views]))
+        parts = (data.rows[i : i + 16] for i in range(0, len(data), 16))
+        found = [self._views(model, data.images(p, side, model.default_size)) for p in parts]
         return torch.cat(found, 1)
+
+    def _views(
+        self, model: TextToImage, images: Float[Tensor, "pair 3 height width"]
+    ) -> Float[Tensor, "flip pair channel h w"]:
+        views = [images] if self.flip == "off" else [images, images.flip(-1)]
+        return torch.stack([_encoded(model, view) for view in views])
 
     # Training
 
@@ -385,10 +431,12 @@ class DPO(Trained):
         return Batch(z, t, eps, tuple(texts), material.captions)
 
     def _keeping(self, material: Material, rng: torch.Generator) -> Keeping:
-        """As many rows to be left alone as a batch has pairs."""
+        """As many rows to be left alone as a batch has pairs; half of them look-alikes, if any."""
+        half = self.batch // 2 if material.alike else 0
         rows = [
-            material.kept[i]
-            for i in torch.randint(len(material.kept), (self.batch,), generator=rng).tolist()
+            these[i]
+            for these, n in ((material.kept, self.batch - half), (material.alike, half))
+            for i in torch.randint(max(1, len(these)), (n,), generator=rng).tolist()
         ]
         sides = (material.z_w, material.z_l)
         flips = torch.randint(len(material.z_w), (self.batch,), generator=rng).tolist()
@@ -508,6 +556,8 @@ class Material:
         captions: What the encoders say about every caption.
         rows: (pair, caption) to learn from.
         kept: What is to stay as it is.
+        alike: What is to stay although it looks like what is unsafe, each with a picture of its
+            own after those of the pairs.
         times: Draws times as the family's training does.
         limit: Times above it are drawn again.
         iterations: What the setting comes to on this model.
@@ -515,11 +565,12 @@ class Material:
         held: Rows of held-out pairs, with their noise and times.
     """
 
-    z_w: Float[Tensor, "flip pair channel h w"]
+    z_w: Float[Tensor, "flip picture channel h w"]
     z_l: Float[Tensor, "flip pair channel h w"]
     captions: Captions
     rows: tuple[tuple[int, str], ...]
     kept: tuple[Kept, ...]
+    alike: tuple[Kept, ...]
     times: Callable[[int, torch.Generator], Tensor]
     limit: float
     iterations: int
@@ -616,9 +667,14 @@ def safeguard(
     return torch.where(along > 0, cap.clamp(0, 1), torch.ones_like(along)).detach()
 
 
-def small(model: TextToImage) -> bool:
-    """Whether a denoiser is far smaller than those of published settings."""
-    return sum(p.numel() for p in model.denoiser.parameters()) < SMALL
+def _encoded(
+    model: TextToImage, images: Float[Tensor, "pair 3 height width"]
+) -> Float[Tensor, "pair channel h w"]:
+    """Latents on the CPU, of none as of many."""
+    parts = [model.encode_images(part).cpu() for part in images.split(16) if len(part)]
+    if parts:
+        return torch.cat(parts)
+    return torch.zeros(0, *model.latent_shape(model.default_size), dtype=model.dtype)
 
 
 def _mse(d: Float[Tensor, "row channel h w"]) -> Float[Tensor, " row"]:

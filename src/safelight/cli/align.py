@@ -180,8 +180,10 @@ def _print(method: str, info: Mapping[str, Any]) -> None:
 
     first, *_ = info["pareto"]
     kept = next(p for p in info["pareto"] if p["epoch"] == info["stopped"]["kept_epoch"])
-    what = "pairs" if "categories" in info else "prompts"
-    grid = Table(title=f"{method} on held-out {what}", title_justify="left")
+    what = "held-out prompts"
+    if "categories" in info:
+        what = "held-out pairs" if "split" in info else "its concepts"
+    grid = Table(title=f"{method} on {what}", title_justify="left")
     for column in ("", "before", "after"):
         grid.add_column(column, justify="left" if not column else "right")
     words = {

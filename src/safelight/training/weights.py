@@ -12,7 +12,7 @@ What was learnt is copied out first:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -66,12 +66,34 @@ class Loan(ABC):
             self.parameters[name].copy_(value)
 
 
+SMALL = 10**8  # parameters of a denoiser that is far smaller than those of published settings
+
+
+def small(model: TextToImage) -> bool:
+    """Whether a denoiser is far smaller than those of published settings."""
+    return sum(p.numel() for p in model.denoiser.parameters()) < SMALL
+
+
 @contextmanager
-def full(model: TextToImage, modules: Sequence[str], *, embeddings: bool = True) -> Iterator[Loan]:
-    """Lend all weights of some modules, with or without their embedding tables."""
+def full(
+    model: TextToImage,
+    modules: Sequence[str],
+    *,
+    embeddings: bool = True,
+    only: Collection[str] | None = None,
+) -> Iterator[Loan]:
+    """Lend all weights of some modules, with or without their embedding tables.
+
+    Args:
+        only: Names of those that may be trained; None is all.
+    """
     with _copies(model, modules) as copies:
         tables = set() if embeddings else _tables(model, modules)
-        wanted = {name: p for name, p in copies.items() if name not in tables}
+        wanted = {
+            name: p
+            for name, p in copies.items()
+            if name not in tables and (only is None or name in only)
+        }
         for p in wanted.values():
             p.requires_grad_()
         yield _Full(wanted)
