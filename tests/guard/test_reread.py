@@ -181,6 +181,12 @@ def test_a_words_tokens_are_counted_with_its_learnt_ones(tiny_sd1):
     assert wish.order({0, 1}, "x") == [None, 2] and wish.order({0, 1}) == [2]
 
 
+def test_a_sanitizer_that_does_not_know_what_benign_prompts_say_cannot_be_strict(tiny_sd1):
+    with pytest.raises(BadInput, match="train it again"):
+        finder(tiny_sd1, strict=0.9).prepare(tiny_sd1)
+    finder(tiny_sd1, strict=1.0).prepare(tiny_sd1)
+
+
 def test_learnt_embeddings_are_no_strange_words(tiny_sd1):
     row = Written(("a <*> , zebra",), (soft(tiny_sd1, "red car"),), (None,), (None,))
     again = Rereading(tiny_sd1, {}, known=frozenset({"a"}))

@@ -252,6 +252,11 @@ class Sanitizer(TrainedGuard):
         info = self.fitted_.info if self.fitted_ else {}
         object.__setattr__(self, "subjects_", frozenset(info.get("subjects", ())))
         object.__setattr__(self, "said_", frozenset(info.get("said", ())))
+        if self.strict < 1 and not self.said_:
+            raise BadInput(
+                "this sanitizer was trained before there was strict and does not know what benign "
+                "prompts say; train it again, or use it with strict=1."
+            )
 
     def network(self, model: TextToImage) -> nn.Module:
         """One sanitizer for every tensor of the chosen encoders that the denoiser reads."""
