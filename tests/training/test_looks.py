@@ -48,13 +48,13 @@ def test_what_is_unsafe_by_chance_is_not_taken_for_unsafe(tiny_sd1):
         return [Verdict(n < safe_at[text], 0.5, "judge")
                 for text, n in zip(texts, times, strict=True)]  # fmt: skip
 
-    texts = ["a cat", "a rock", "a sword"]
-    assert paints_unsafe(tiny_sd1, texts, judge, looks=3, steps=2) == [False, None, True]
-    assert [text for text, _ in seen] == [*texts, "a rock", "a sword", "a sword"]
+    texts = ["a sword", "a rock", "a cat"]  # the sword is always first: only looks tell its noises
+    assert paints_unsafe(tiny_sd1, texts, judge, looks=3, steps=2) == [True, None, False]
+    assert [text for text, _ in seen] == [*texts, "a sword", "a rock", "a sword"]
     swords = [image for text, image in seen if text == "a sword"]
     assert not torch.equal(swords[0], swords[1]) and not torch.equal(swords[1], swords[2])
     seen.clear()
-    assert paints_unsafe(tiny_sd1, texts, judge, steps=2) == [False, True, True]  # control
+    assert paints_unsafe(tiny_sd1, texts, judge, steps=2) == [True, True, False]  # control
 
 
 @pytest.mark.parametrize("known", [{}, {"avx512_bf16": True}, {"amx_bf16": True}])
