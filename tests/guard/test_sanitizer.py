@@ -224,6 +224,21 @@ def test_it_starts_as_the_identity(estimate):
 # 8: what is shown is what was used
 
 
+def test_it_sees_the_same_while_it_learns_and_while_it_acts():
+    torch.manual_seed(0)
+    network = Network(16, 8, 2, 2, "residual")
+    own = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    E = torch.randn(2, 5, 16)
+    learning = network(E, own)
+    with torch.no_grad():
+        acting = network(E, own)
+    assert all(x.requires_grad for x in learning)
+    for one, other in zip(learning, acting, strict=True):
+        torch.testing.assert_close(one.detach(), other)
+    elsewhere = torch.where(own[..., None], E, torch.randn_like(E))
+    torch.testing.assert_close(network(elsewhere, own)[0], learning[0])
+
+
 def test_the_scores_that_are_shown_are_those_that_were_used(tiny_model):
     guard = awake(tiny_model, alpha=0.7)
     before, after = edited(tiny_model, guard)

@@ -99,6 +99,34 @@ def test_pictures_decide_about_doubtful_words_and_about_words_of_the_phrases(tin
     assert not plain.kept and "sky" not in {*plain.far, *plain.between}  # control
 
 
+def test_only_words_worth_a_picture_are_looked_at_and_the_rest_stays_open(tiny_sd1):
+    def sorted_with(**doubt):
+        asked = []
+
+        def look(words):
+            asked.extend(words)
+            return [False] * len(words)
+
+        found = neighbours(tiny_sd1, "clip_l", PHRASES, BENIGN, (), rng(), look=look, **doubt)
+        return found, set(asked)
+
+    _, wide = sorted_with()
+    found, some = sorted_with(doubt=(0.3, 0.0))
+    assert some and some < wide and not sorted_with(doubt=(1.1, 0.0))[1]
+    assert set(found.kept) == some and set(found.between) == wide - some
+
+
+def test_what_is_most_like_a_word_of_a_phrase_is_harmless_and_another_word(tiny_sd1):
+    def look(words):
+        return [i % 2 == 0 for i in range(len(words))]
+
+    found = neighbours(tiny_sd1, "clip_l", PHRASES, BENIGN, (), rng(), look=look)
+    parts = {word for phrase in PHRASES for word in phrase.split() if len(word) > 2}
+    assert set(found.akin) == parts
+    for part, words in found.akin.items():
+        assert words and part not in words and set(words) <= {*found.far, *found.kept}
+
+
 def test_a_sanitizer_holds_words_that_look_harmless_and_removes_those_that_do_not(
     tiny_sd1, monkeypatch
 ):

@@ -68,6 +68,13 @@ def test_an_article_is_no_part_of_a_target():
     assert laid([1, 3, 60, 2], [1, 4, 80, 2]).target[0].tolist()[:4] == [False, True, True, False]
 
 
+def test_what_the_anchor_says_as_well_is_no_part_of_a_target():
+    two = laid([1, 50, 7, 60, 2], [1, 80, 7, 90, 2])  # "knife under axe", "cat under dog"
+    assert two.target[0].tolist()[:5] == [False, True, False, True, False]
+    only = laid([1, 50, 50, 2], [1, 50, 2])  # nothing else differs: the same word once more
+    assert only.target[0].any()
+
+
 def test_alignment_fits_real_tokenizers(tiny_model):
     for encoder in tiny_model.text_encoders:
         u = tiny_model.tokenize(encoder, ["a parachute on a hill", "an axe, in the park"])

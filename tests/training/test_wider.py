@@ -14,6 +14,7 @@ from safelight.training.wider import (
     recombined,
     scattered,
     sorted_words,
+    substituted,
     varied,
 )
 
@@ -108,6 +109,19 @@ def test_one_word_of_a_phrase_of_several_becomes_another():
         assert of == "of" and (first == "drop") + (last == "blood") == 1
         assert {first, last} & set(WORDS.far)
     assert recombined(several, (), 8, rng()) == [] == recombined(several[:0], WORDS.far, 8, rng())
+
+
+def test_a_word_of_a_phrase_becomes_another_that_is_like_it():
+    several = [pair(f"a {kind} Drop of blood, nice", f"a {kind} tulip, nice") for kind in "xy"]
+    akin = {"drop": ("rain", "dew"), "blood": ("sweat",), "sword": ("lamp",)}
+    made = substituted([*several, pair("a sword", "a tulip")], akin, 60, rng())
+    phrases = {("rain", "blood"), ("dew", "blood"), ("Drop", "sweat")}
+    assert {new for _, new in made} == {
+        f"a {kind} {first} of {last}, nice" for kind in "xy" for first, last in phrases
+    }
+    assert all(old == f"a {new[2]} tulip, nice" for old, new in made)
+    assert substituted(several, {}, 8, rng()) == [] == substituted([], akin, 8, rng())
+    assert 0 < len(substituted(several, akin, 2, rng())) <= 2
 
 
 def test_harmless_words_stand_where_target_contexts_have_their_phrase():

@@ -76,6 +76,7 @@ from safelight.training.augment import Look
 from safelight.training.contexts import Batch, Material, by_length, remembered, thinned
 from safelight.training.data import TextData, shuffled
 from safelight.training.descent import Loss
+from safelight.training.embedding import readable
 from safelight.training.looks import paints_unsafe
 from safelight.training.pairs import (
     TEMPLATES,
@@ -93,9 +94,9 @@ from safelight.training.wider import (
     instead_of,
     led,
     near_ones,
-    recombined,
     scattered,
     sorted_words,
+    substituted,
     varied,
 )
 
@@ -103,6 +104,7 @@ Fusion = Literal["reach", "own"]
 Estimate = Literal["residual", "anchor"]
 Supervision = Literal["target", "shift", "none"]
 SMALL = 512  # encoders narrower than this are toys: wider steps, narrower networks
+DOUBT = (0.3, 0.0)  # cosine to a phrase, and its lead over benign words, that is worth a picture
 NARROWEST = 16  # numbers in an attention head; narrower ones cost more and see less
 
 
@@ -188,9 +190,9 @@ class Sanitizer(TrainedGuard):
     templates: tuple[str, ...] = TEMPLATES
     contexts: int = 1800
     witness: str = ""
-    looks: int = 3
+    looks: int = 2
     kept: int = 3
-    scenes: int = 1000
+    scenes: int = 1200
     again: int = 2
     least: float = 0.5
     lead: float = 0.15
@@ -382,20 +384,25 @@ class Sanitizer(TrainedGuard):
         )
         look = self._look(model)
         words = self._words(model, pairs, safe, look, rng)
-        made = self._made_up(pairs, words, rng)
+        made = _read_whole(model, encoders, self._made_up(pairs, words, rng))
         variants, bad = self._variants(pairs, safe, words, look, rng)
-        return remembered(
-            model,
-            encoders,
-            (*pairs, *made, *self.again * bad),
-            held,
-            ("", *safe, *variants, *instead_of(pairs, self.kept * words.kept, rng)),
-            safe_held,
-            nearby=words.unsafe,
-            spoken_of=subjects(pairs, safe),
-            said=said_in([*safe, *(one.anchor for one in pairs)]),
-            hashes=data.hashes(),
-        )
+        bad = _read_whole(model, encoders, bad)
+        alone = instead_of(pairs, self.kept * words.kept, rng)
+        whole = readable(model, [*variants, *alone], encoders)
+        held_still = [text for text in (*variants, *alone) if text in whole]
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.autocast):
+            return remembered(
+                model,
+                encoders,
+                (*pairs, *made, *self.again * bad),
+                held,
+                ("", *safe, *held_still),
+                safe_held,
+                nearby=words.unsafe,
+                spoken_of=subjects(pairs, safe),
+                said=said_in([*safe, *(one.anchor for one in pairs)]),
+                hashes=data.hashes(),
+            )
 
     def _words(
         self,
@@ -419,6 +426,7 @@ class Sanitizer(TrainedGuard):
             least=self.least,
             lead=self.lead,
             look=None if look is None else lambda words: look([f"a {word}" for word in words]),
+            doubt=DOUBT,
         )
 
     def _variants(
@@ -431,17 +439,17 @@ class Sanitizer(TrainedGuard):
     ) -> tuple[list[str], tuple[Pair, ...]]:
         """Variants of benign prompts, and those that a witness finds unsafe with their prompts.
 
-        What a word is like alone does not say what it does beside others: a third of the variants
-        that a witness looks at are made of words that are unsafe alone, and a third are target
-        contexts with another word in their phrase.
+        What a word is like alone does not say what it does beside others: a quarter of the variants
+        that a witness looks at are made of words that are unsafe alone, and half are target
+        contexts with a word of their phrase exchanged for one like it.
         """
         if look is None:
             return [new for _, new in varied(safe, words.harmless, self.variants, rng)], ()
-        share = self.scenes / len(safe) / 3
+        share = self.scenes / len(safe) / 4
         made = [
             *varied(safe, words.harmless, share, rng),
             *varied(safe, words.unsafe, share, rng),
-            *recombined(pairs, words.harmless, round(self.scenes / 3), rng),
+            *substituted(pairs, words.akin, round(self.scenes / 2), rng),
         ]
         flags = look([new for _, new in made])
         harmless = [new for (_, new), flag in zip(made, flags, strict=True) if flag is False]
@@ -603,6 +611,14 @@ def _parts(
     order = torch.randperm(len(items), generator=rng)[: most + max(1, round(share * most))].tolist()
     held = max(1, round(share * len(order)))
     return tuple(items[i] for i in order[held:]), tuple(items[i] for i in order[:held])
+
+
+def _read_whole(
+    model: TextToImage, encoders: Sequence[str], pairs: Sequence[Pair]
+) -> tuple[Pair, ...]:
+    """The pairs of which nothing is cut off; nobody wrote them, so that none is missed."""
+    whole = readable(model, (text for p in pairs for text in (p.target, p.anchor)), encoders)
+    return tuple(p for p in pairs if {p.target, p.anchor} <= whole)
 
 
 def _prompts(pairs: Sequence[Pair]) -> list[Prompt]:

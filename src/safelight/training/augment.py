@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from safelight.models.base import TextToImage
 from safelight.training.embedding import read
 
+AKIN = 40  # words that may stand for a word of a phrase
 DOUBT = 0.2  # cosine to an unsafe phrase from which on a word is doubtful
 MARKS = ("</w>", "\u2581")  # how byte-pair and sentence-piece vocabularies mark whole words
 
@@ -106,12 +107,14 @@ class Neighbours:
         far: Words that are more like something benign.
         between: Words of which it is not clear.
         kept: Words that looked doubtful and paint nothing unsafe.
+        akin: For a word of a phrase, the words of `far` and `kept` that are most like it.
     """
 
     near: Mapping[str, tuple[str, ...]]
     far: tuple[str, ...]
     between: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    akin: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -127,13 +130,14 @@ def neighbours(
     lead: float = 0.15,
     least: float = 0.5,
     look: Look | None = None,
+    doubt: tuple[float, float] = (DOUBT, -DOUBT / 2),
 ) -> Neighbours:
     """Sort words of the vocabulary by the original encoder's reading of each alone.
 
     Words are compared by the cosine of their readings, less the vocabulary's mean. A word is near
     when a phrase is at least `least` like it and leads every benign word by `lead`; it is far when
-    a benign word leads every phrase. With `look`, pictures decide instead about every word that is
-    not clearly far, and about the single words of the phrases.
+    a benign word leads every phrase. With `look`, pictures decide instead about words that are not
+    clearly far, and about the single words of the phrases.
 
     Args:
         phrases: What is to be removed.
@@ -142,49 +146,86 @@ def neighbours(
         limit: Words that are looked at; a random part of larger vocabularies.
         look: Says of words whether what the model paints for them is unsafe; None where it cannot
             tell.
+        doubt: How like a word must be to a phrase, and how far ahead of benign words, for a look.
     """
     phrases = sorted(set(phrases))
-    bad = {word for phrase in phrases for word in _words(phrase)}
-    good = sorted({word for text in benign for word in _words(text)} - bad)
+    parts = sorted({word for phrase in phrases for word in _words(phrase)})
+    good = sorted({word for text in benign for word in _words(text)}.difference(parts))
     long = [word.lower() for word in avoid if len(word) > 3]
     words = [
         word
         for word in vocabulary(model.tokenizers[encoder])
-        if word not in {*good, *avoid, *(() if look else bad)}
+        if word not in {*good, *avoid, *(() if look else parts)}
         and not any(one in word for one in long)
     ]
     if not words or not good or not phrases:
         return Neighbours({}, tuple(words))
     words = [words[i] for i in torch.randperm(len(words), generator=rng)[:limit].sort()[0].tolist()]
-    seen = _alone(model, encoder, [*words, *phrases, *good])
-    centre = seen[: len(words)].mean(0)
-    own, targets, others = F.normalize(seen - centre, dim=1).split(
-        [len(words), len(phrases), len(good)]
+    seen = _alone(model, encoder, [*words, *phrases, *good, *parts])
+    own, targets, others, single = F.normalize(seen - seen[: len(words)].mean(0), dim=1).split(
+        [len(words), len(phrases), len(good), len(parts)]
     )
     like, which = (own @ targets.T).max(1)
-    benign_like = (own @ others.T).amax(1)
+    ahead = like - (own @ others.T).amax(1)
     if look is None:
-        near_ones = ((like > least) & (like > benign_like + lead)).tolist()
-        far = (benign_like > like).tolist()
-        kept = [False] * len(words)
+        kinds = _by_reading(like, ahead, least, lead)
     else:
-        doubtful = (like > DOUBT) & (like > benign_like - DOUBT / 2)
-        asked = doubtful.nonzero().flatten().tolist()
-        unsafe = dict(zip(asked, look([words[i] for i in asked]), strict=True))
-        near_ones = [unsafe.get(i) is True for i in range(len(words))]
-        kept = [unsafe.get(i) is False for i in range(len(words))]
-        far = (~doubtful).tolist()
+        kinds = _by_looking(words, like, ahead, look, doubt)
+    sides = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in _KINDS}
     near: dict[str, list[str]] = {}
-    rest: dict[str, list[str]] = {"far": [], "kept": [], "between": []}
-    for i, word in enumerate(words):
-        if near_ones[i]:
-            near.setdefault(phrases[int(which[i])], []).append(word)
-        else:
-            rest["far" if far[i] else "kept" if kept[i] else "between"].append(word)
+    for i in sides["near"]:
+        near.setdefault(phrases[int(which[i])], []).append(words[i])
     return Neighbours(
-        {key: tuple(value) for key, value in near.items()},
-        **{key: tuple(value) for key, value in rest.items()},
+        near={phrase: tuple(found) for phrase, found in near.items()},
+        akin=_akin(words, own, sorted(sides["far"] + sides["kept"]), parts, single),
+        **{kind: tuple(words[i] for i in sides[kind]) for kind in _KINDS if kind != "near"},
     )
+
+
+_KINDS = ("near", "far", "between", "kept")
+
+
+def _by_reading(
+    like: Float[Tensor, " word"], ahead: Float[Tensor, " word"], least: float, lead: float
+) -> list[str]:
+    """What each word is, by its likeness to a phrase and its lead over benign words."""
+    near, far = (like > least) & (ahead > lead), ahead < 0
+    return [
+        "near" if n else "far" if f else "between"
+        for n, f in zip(near.tolist(), far.tolist(), strict=True)
+    ]
+
+
+def _by_looking(
+    words: Sequence[str],
+    like: Float[Tensor, " word"],
+    ahead: Float[Tensor, " word"],
+    look: Look,
+    doubt: tuple[float, float],
+) -> list[str]:
+    """What each word is, by the pictures of those that are worth a look."""
+    clear = (like <= DOUBT) | (ahead <= -DOUBT / 2)
+    kinds = ["far" if far else "between" for far in clear.tolist()]
+    asked = (~clear & (like > doubt[0]) & (ahead > doubt[1])).nonzero().flatten().tolist()
+    for i, unsafe in zip(asked, look([words[i] for i in asked]), strict=True):
+        kinds[i] = "between" if unsafe is None else "near" if unsafe else "kept"
+    return kinds
+
+
+def _akin(
+    words: Sequence[str],
+    own: Float[Tensor, "word dim"],
+    harmless: Sequence[int],
+    parts: Sequence[str],
+    single: Float[Tensor, "part dim"],
+) -> dict[str, tuple[str, ...]]:
+    """The harmless words most like each single word of the phrases, but not that word itself."""
+    order = (single @ own[harmless].T).argsort(dim=1, descending=True)[:, : AKIN + 1].tolist()
+    found = {}
+    for part, row in zip(parts, order, strict=True):
+        best = [words[harmless[j]] for j in row if words[harmless[j]] != part]
+        found[part] = tuple(best[:AKIN])
+    return found
 
 
 def _words(text: str) -> list[str]:

@@ -6,7 +6,7 @@ pooled vector where the family uses one. `distance` compares two pieces row by r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -150,6 +150,16 @@ def remember(
     }
     rows = {text: i for i, text in enumerate(unique)}
     return Reference(rows, tokens, pieces, model.device, reader)
+
+
+def readable(model: TextToImage, texts: Iterable[str], encoders: Sequence[str]) -> set[str]:
+    """Those texts that all of these encoders read to their end."""
+    found = set(texts)
+    for name in encoders:
+        known = sorted(found)
+        ids = model.tokenizers[name](known, verbose=False).input_ids if known else []
+        found = {t for t, own in zip(known, ids, strict=True) if len(own) <= model.tokens[name]}
+    return found
 
 
 def distance(a: Piece, b: Piece, metric: Distance, reduction: Reduction) -> Float[Tensor, " batch"]:

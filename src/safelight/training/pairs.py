@@ -224,7 +224,8 @@ def aligned(
     mark included, however far the lengths differ. In between, `n` target tokens are spread over
     `m` anchor tokens, last on last: in a causal encoder the last token of a word knows all of it.
     Padding answers to padding at the same place, which in a causal encoder says what the whole
-    text says.
+    text says. Between the first and the last difference only those tokens are the target that the
+    anchor does not say there: of "a knife under the axe" it is not "under the".
 
     Args:
         articles: Token ids that do not count as part of a target.
@@ -238,7 +239,8 @@ def aligned(
         after = [p + len(a) - len(u) for p in range(end, len(u))]
         padding = [max(p, min(len(a), len(row) - 1)) for p in range(len(u), len(row))]
         goals.append([*range(start), *inside, *after, *padding])
-        meant = [start <= p < end and u[p] not in articles for p in range(len(u))]
+        there = {*articles, *a[start : start + m]}
+        meant = [start <= p < end and u[p] not in there for p in range(len(u))]
         if not any(meant):
             meant = [start <= p < end for p in range(len(u))]
         targets.append([*meant, *[False] * len(padding)])

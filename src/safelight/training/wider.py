@@ -8,7 +8,7 @@ words of the vocabulary are near an unsafe phrase, the original encoder says (`a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,6 +156,36 @@ def recombined(
         phrase[_one_of(places, rng)] = _one_of(words, rng)
         made.append((one.anchor, one.saying(" ".join(phrase)).target))
     return made
+
+
+def substituted(
+    pairs: Sequence[Pair], akin: Mapping[str, Sequence[str]], count: int, rng: torch.Generator
+) -> list[tuple[str, str]]:
+    """Anchor contexts, with target contexts in which a word of the phrase is another like it.
+
+    A "mug of beer" is unsafe, a "mug of tea" is not, and a "mug of stone" is nothing that anybody
+    says: what is hard to tell apart is what says almost the same.
+
+    Args:
+        pairs: Those with phrases of several words are used, each word of each phrase in turn.
+        akin: For words of phrases, harmless words that are like them.
+        count: How many; fewer where two come out alike.
+    """
+    by_phrase: dict[str, list[Pair]] = {}
+    for one in pairs:
+        by_phrase.setdefault(one.phrase, []).append(one)
+    places = [
+        (phrase, i)
+        for phrase in sorted(by_phrase)
+        for i, part in enumerate(phrase.lower().split())
+        if " " in phrase and akin.get(part)
+    ]
+    made = {}
+    for phrase, i in shuffled(places, count, rng):
+        one, parts = _one_of(by_phrase[phrase], rng), phrase.split()
+        parts[i] = _one_of(akin[parts[i].lower()], rng)
+        made[one.saying(" ".join(parts)).target] = one.anchor
+    return [(anchor, text) for text, anchor in made.items()]
 
 
 def instead_of(pairs: Sequence[Pair], words: Sequence[str], rng: torch.Generator) -> list[str]:
