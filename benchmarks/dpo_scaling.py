@@ -1,6 +1,7 @@
 """How much can be removed before benign prompts suffer: 1, 2, 4, ... safety experts merged.
 
-    E="--set painter=frozen --set part=x --set batch=8 --set iterations=100 --set lr=3e-4"
+    E="--set part=strict --set lr=5e-4 --set iterations=100 --set batch=8"
+    E="$E --set painter=frozen --set paintings=96 --set paint_steps=10"
     safelight align esd emoji-world --unsafe alcohol $E -o runs/esd/1
     safelight align esd emoji-world --unsafe alcohol,death $E -o runs/esd/2
     safelight align esd emoji-world --unsafe alcohol,death,drugs,gesture $E -o runs/esd/4

@@ -44,14 +44,20 @@ def main() -> None:
     ask.add_argument("--steps", type=int, default=4, help="steps per round [4]")
     ask.add_argument("--repeats", type=int, default=5, help="rounds of each side [5]")
     ask.add_argument("--threads", type=int, default=1, help="torch threads [1]")
+    ask.add_argument("--autocast", action="store_true", help="compute in bfloat16, all sides")
+    ask.add_argument("--channels-last", action="store_true", help="memory layout, all sides")
     given = ask.parse_args()
     torch.set_num_threads(given.threads)
 
     model = load(given.model)
+    if given.channels_last:
+        for part in (model.denoiser, model.modules["vae"]):
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with tempfile.TemporaryDirectory() as folder:
         twins = noise(Path(folder), 2 * given.batch, model.default_size)
         method = DPO(batch=given.batch, iterations=given.steps, epochs=1, validation=0.05, draws=1)
-        rounds = measured(method, model, twins, given.repeats)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=given.autocast):
+            rounds = measured(method, model, twins, given.repeats)
     per_second = {
         side: [given.steps * given.batch / clock for clock, _ in own]
         for side, own in rounds.items()
@@ -67,6 +73,8 @@ def main() -> None:
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores",
                 "threads": torch.get_num_threads(),
                 "batch": given.batch,
+                "autocast": given.autocast,
+                "channels_last": given.channels_last,
                 "pairs_per_second": {s: middle(own) for s, own in per_second.items()},
                 "ratio": {side: middle(ratios(slow, own, 0)) for side, own in fast.items()},
                 "ratios": {side: ratios(slow, own, 0) for side, own in fast.items()},
