@@ -71,6 +71,7 @@ from safelight.prompts import PromptSet
 from safelight.training import attention
 from safelight.training.captions import Captions
 from safelight.training.data import shuffled
+from safelight.training.keeping import Keeping, Kept, left_alone
 from safelight.training.lookalikes import Lookalikes, lookalikes
 from safelight.training.twins import Twins
 from safelight.training.weights import Loan, lora, small, unadapted
@@ -281,7 +282,7 @@ class DPO(Trained):
         _warn_of_another_base(data, model)
         iterations = self.iterations or self._iterations(model)
         sets = [PromptSet.load(name) for name in self.keep_prompts]
-        kept = self._kept(data, train, sets, rng)[: iterations * self.batch]
+        kept = left_alone(data, train, sets, rng)[: iterations * self.batch] if self.keep else []
         whole = data.all() if self.keep else data
         near = self._near(model, data, train, sets, rng)
         alike = [Kept(len(whole) + i, 0, text) for i, text in enumerate(near.captions)]
@@ -342,28 +343,6 @@ class DPO(Trained):
         if self.caption_mode == "both":
             rows += [(i, data.rows[i].safe_prompt) for i in pairs]
         return rows
-
-    def _kept(
-        self, data: Twins, train: Sequence[int], sets: Sequence[PromptSet], rng: torch.Generator
-    ) -> list[Kept]:
-        """What is to stay as it is, in random order; pairs count on into the other categories."""
-        if not self.keep:
-            return []
-        others = list(enumerate(data.others, start=len(data)))
-        rows = [Kept(i, 0, data.rows[i].safe_prompt) for i in train]
-        rows += [Kept(i, side, "") for i in train for side in (0, 1)]
-        rows += [Kept(i, 0, row.safe_prompt) for i, row in others]
-        rows += [Kept(i, 1, row.unsafe_prompt) for i, row in others]
-        anywhere = [*train, *(i for i, _ in others)]
-        texts = [prompt.text for one in sets for prompt in one]
-        places = zip(
-            shuffled(anywhere, len(texts), rng),
-            torch.randint(2, (len(texts),), generator=rng).tolist(),
-            texts,
-            strict=True,
-        )
-        rows += [Kept(*place) for place in places]
-        return shuffled(rows, len(rows), rng)
 
     def _near(
         self,
@@ -546,12 +525,12 @@ class DPO(Trained):
     def drift(self, model: TextToImage, at: Keeping, told: Captions) -> Float[Tensor, ""]:
         """How far the output is from the reference's where it is to stay."""
         e_ref = self._ref_kept(model, at, told) if at.e_ref is None else at.e_ref.to(model.device)
-        return _mse(model.predict(*_kept_inputs(model, at, told)).float() - e_ref.float()).mean()
+        return _mse(model.predict(*at.inputs(model, told)).float() - e_ref.float()).mean()
 
     @torch.no_grad()
     def _ref_kept(self, model: TextToImage, at: Keeping, told: Captions) -> Tensor:
         with unadapted(model):
-            return model.predict(*_kept_inputs(model, at, told))
+            return model.predict(*at.inputs(model, told))
 
     @torch.no_grad()
     def check(self, model: TextToImage, material: Material) -> dict[str, float]:
@@ -629,38 +608,6 @@ class Material:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A picture under a caption, of which the denoiser is to say what it always said.
-
-    Args:
-        pair: Whose picture.
-        side: 0 is the safe picture, 1 the unsafe one.
-        caption: What the denoiser is told.
-    """
-
-    pair: int
-    side: int
-    caption: str
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """Rows that are to be left alone: latents, times, noise, captions; the reference, if known."""
-
-    z: Float[Tensor, "row channel h w"]
-    t: Float[Tensor, " row"]
-    eps: Float[Tensor, "row channel h w"]
-    captions: tuple[str, ...]
-    e_ref: Float[Tensor, "row channel h w"] | None = None
-
-    def only(self, rows: Tensor) -> Keeping:
-        """Some of the rows."""
-        named = tuple(self.captions[i] for i in rows.tolist())
-        e_ref = None if self.e_ref is None else self.e_ref[rows]
-        return Keeping(self.z[rows], self.t[rows], self.eps[rows], named, e_ref)
-
-
-@dataclass(frozen=True)
 class Batch:
     """Rows to learn from, the safe side of everything first.
 
@@ -720,14 +667,6 @@ def safeguard(
     along = (d_w * d_l).sum()
     cap = (1 - mu) * d_w.square().sum() / along
     return torch.where(along > 0, cap.clamp(0, 1), torch.ones_like(along)).detach()
-
-
-def _kept_inputs(
-    model: TextToImage, at: Keeping, told: Captions
-) -> tuple[Tensor, Tensor, Condition]:
-    """z_t, t and c' of rows that are to be left alone."""
-    z, t, eps = (x.to(model.device) for x in (at.z, at.t, at.eps))
-    return model.noised(z, eps, t)[0], t, told(at.captions, model.device)
 
 
 def _encoded(
