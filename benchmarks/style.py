@@ -2,7 +2,7 @@
 
     python benchmarks/style.py -o runs/style
     F=benign_finetune:data=runs/style/prompts.csv,pictures=runs/style,lr=1e-3,epochs=6
-    safelight evaluate emoji-world --patch runs/dpo/cat --prompts emoji/all/test --limit 48 \\
+    safelight evaluate emoji-world --patch runs/dpo/cat --prompts emoji/all/test --limit 24 \\
       --judge emoji-b --attack $F --attack $F,modular=true -o runs/dpo-style
     python benchmarks/style.py -o runs/style --of runs/dpo-style
 
