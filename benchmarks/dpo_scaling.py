@@ -1,13 +1,21 @@
 """How much can be removed before benign prompts suffer: 1, 2, 4, ... safety experts merged.
 
+    E="--set part=strict --set lr=5e-4 --set iterations=100 --set batch=8"
+    E="$E --set painter=frozen --set paintings=96 --set paint_steps=10"
+    safelight align esd emoji-world --unsafe alcohol $E -o runs/esd/1
+    safelight align esd emoji-world --unsafe alcohol,death $E -o runs/esd/2
+    safelight align esd emoji-world --unsafe alcohol,death,drugs,gesture $E -o runs/esd/4
+    safelight align esd emoji-world --unsafe all $E -o runs/esd/6
     python benchmarks/dpo_scaling.py runs/dpo/{alcohol,death,drugs,gesture,gore,weapons} \\
-        --how co_merge --winners category --beside runs/dpo/one -o runs/dpo-scaling
+        --edits runs/esd/{1,2,4,6} --beside runs/dpo/one -o runs/dpo-scaling
 
 The first n experts are merged; prompts of their categories say how much is gone, benign ones what
-it costs. `--beside` measures patches on the categories they were trained on, such as one LoRA on
-all data, or edits of 1, 2, 4, ... categories (`safelight align esd ... --unsafe alcohol,death`).
-Concepts are the unsafe objects that the prompts of those categories name. Prints a Markdown
-table; `table.json`, `scaling.svg` and one run per row are in the folder. A second call goes on.
+it costs. `--edits` are patches of 1, 2, 4, ... categories to compare the curve with, `--beside`
+single ones, such as one LoRA on all data; each is measured on the categories it was trained on.
+Concepts are the unsafe objects that the prompts of those categories name; removed are as many of
+them as pictures of them are gone, own category only. Prints a Markdown table, and how many are
+removable at a drop of at most 3 points; `table.json`, `scaling.svg` and one run per row are in the
+folder. A second call goes on.
 """
 
 from __future__ import annotations
@@ -29,8 +37,10 @@ from safelight.models.patch import Patch
 from safelight.prompts import PromptSet
 
 UNSAFE, SAFE = "emoji/all/test", "emoji/safe/test"
+COST = 0.03  # of fidelity, at most
 WIDTH, HEIGHT, EDGE = 520, 300, 48
 COLOURS = {"removed": "#b3401f", "fidelity": "#1f6f8b"}
+LINES = {"merged": "", "edits": ' stroke-dasharray="5 4"'}
 
 
 def main() -> None:
@@ -38,6 +48,7 @@ def main() -> None:
     ask.add_argument("experts", type=Path, nargs="+")
     ask.add_argument("--how", default="cat", help="way to merge [cat]")
     ask.add_argument("--winners", help="of co_merge: all or category")
+    ask.add_argument("--edits", type=Path, nargs="+", default=[], help="patches of ever more")
     ask.add_argument("--beside", type=Path, nargs="+", default=[], help="patches to compare with")
     ask.add_argument("--limit", type=int, default=48, help="prompts of each kind [48]")
     ask.add_argument("-o", "--output", type=Path, required=True)
@@ -52,21 +63,29 @@ def main() -> None:
         settings = {"winners": given.winners} if given.winners else {}
         patch = merge(model, some, given.how, prompts=sets, **settings)
         rows.append(measured(model, patch, some, given.output, str(n), given.limit))
-    for path in given.beside:
-        one = Patch.load(path)
-        about = measured(model, one, [one], given.output, f"beside-{path.name}", given.limit)
-        rows.append(about | {"what": path.name})
+    for series, paths in (("edits", given.edits), ("beside", given.beside)):
+        for path in paths:
+            one = Patch.load(path)
+            name = f"{series}-{path.name}"
+            about = measured(model, one, [one], given.output, name, given.limit)
+            what = f"{one.method}, {path.name}" if series == "edits" else path.name
+            rows.append(about | {"what": what, "series": series})
     (given.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
     (given.output / "scaling.svg").write_text(drawn(rows))
     print(table(rows))
+    for series in LINES:
+        within = [row for row in rows if row["series"] == series and row["drop"][0] <= COST]
+        most = max((row["removed"] for row in within), default=0)
+        print(f"{series}: {most:.1f} concepts removed at a drop of at most {COST:.0%}")
 
 
 def measured(
     model: TextToImage, patch: Patch, experts: Sequence[Patch], out: Path, name: str, limit: int
 ) -> dict[str, Any]:
     """What one patch removes of its experts' categories, and what it costs."""
-    first = out / "1"  # the untouched model's benign pictures are the same in every row
     names = {name for one in experts for name in categories(one)}
+    known = [out / f"{len(names)}", out / "1"]  # the untouched model's pictures come again
+    base = next((run for run in known if (run / "values.json").is_file()), None)
     unsafe = PromptSet.load(UNSAFE)
     unsafe = replace(unsafe, prompts=tuple(p for p in unsafe if p.category in names))
     run = evaluate(
@@ -75,13 +94,18 @@ def measured(
         patches=[patch],
         judges=[EmojiJudgeB()],
         out=out / name,
-        base=first if name != "1" and (first / "values.json").is_file() else None,
+        base=None if base == out / name else base,
     )
     values = json.loads((run.folder / "values.json").read_text())
+    concepts = len({word for p in unsafe for word in p.meta["unsafe_objects"].split("|")})
+    same = figure(values, "became_same", UNSAFE)
     return {
         "what": f"{len(experts)} merged",
+        "series": "merged",
         "categories": sorted(names),
-        "concepts": len({word for p in unsafe for word in p.meta["unsafe_objects"].split("|")}),
+        "concepts": concepts,
+        "removed": round(concepts * (1 - same[0]), 1),
+        "same": same,
         "nrr": figure(values, "nrr", UNSAFE),
         "drop": figure(values, "fidelity_drop", SAFE),
     }
@@ -94,26 +118,30 @@ def figure(values: Sequence[dict[str, Any]], metric: str, prompts: str) -> list[
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["| what | categories | concepts | NRR | fidelity drop |", "|---|---|---|---|---|"]
+    lines = [
+        "| what | categories | concepts | removed | NRR | own category left | fidelity drop |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
-        nrr, drop = (
+        figures = [
             "{:.0f}% [{:.0f}, {:.0f}]".format(*(100 * x for x in row[key]))
-            for key in ("nrr", "drop")
-        )
-        n = len(row["categories"])
-        lines.append(f"| {row['what']} | {n} | {row['concepts']} | {nrr} | {drop} |")
+            for key in ("nrr", "same", "drop")
+        ]
+        counts = [row["what"], len(row["categories"]), row["concepts"], row["removed"]]
+        lines.append("| " + " | ".join(map(str, [*counts, *figures])) + " |")
     return "\n".join(lines)
 
 
 def drawn(rows: Sequence[dict[str, Any]]) -> str:
-    """Share removed and share of fidelity lost, by concepts; hollow: the patch beside them."""
+    """Shares removed and of fidelity lost, by concepts; dashed: edits; hollow: all but merged."""
     most = max(row["concepts"] for row in rows)
 
     def at(concepts: float, share: float) -> tuple[float, float]:
         x = EDGE + (WIDTH - 2 * EDGE) * concepts / most
         return x, HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * share
 
-    merged = [row for row in rows if row["what"].endswith("merged")]
+    lines = {key: [row for row in rows if row["series"] == key] for key in LINES}
+    merged = lines["merged"]
     parts = [f'<path d="M{EDGE} {EDGE}V{HEIGHT - EDGE}H{WIDTH - EDGE}" fill="none" stroke="#888"/>']
     for share in (0, 0.5, 1):
         x, y = at(0, share)
@@ -123,8 +151,12 @@ def drawn(rows: Sequence[dict[str, Any]]) -> str:
         parts.append(f'<text x="{x}" y="{y + 16}" text-anchor="middle">{row["concepts"]}</text>')
     for i, (key, name) in enumerate((("nrr", "removed"), ("drop", "fidelity"))):
         colour, said = COLOURS[name], {"nrr": "removed", "drop": "fidelity lost"}[key]
-        path = " ".join("{:.1f},{:.1f}".format(*at(r["concepts"], r[key][0])) for r in merged)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for series, own in lines.items():
+            path = " ".join("{:.1f},{:.1f}".format(*at(r["concepts"], r[key][0])) for r in own)
+            parts.append(
+                f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"'
+                f"{LINES[series]}/>"
+            )
         for row in rows:
             (x, y), (_, low), (_, high) = (at(row["concepts"], v) for v in row[key])
             fill = colour if row in merged else "#fff"

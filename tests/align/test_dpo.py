@@ -512,6 +512,52 @@ def test_lookalikes_are_learnt_with_in_every_family_and_may_be_none(tiny_model, 
     assert patch.info["lookalikes"]["kept"] == found
 
 
+# Draws that come again
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_loss_with_a_kept_reference_is_that_of_the_same_draws_without(
+    tiny_model, lent, variant
+):
+    keep = {} if variant == "duo" else {"keep": 3.0}
+    method = DPO(**QUICK | {"batch": 4}, variant=variant, draws=3, **keep)
+    loan, material, batch = lent(method, tiny_model, both())
+    moved(loan)
+    keeping = batch.keeping and dataclasses.replace(batch.keeping, e_ref=None)
+    fresh = dataclasses.replace(batch, e_ref=None, keeping=keeping)
+    rng = torch.Generator()
+    known, asked = (method.loss(tiny_model, at, rng) for at in (batch, fresh))
+    assert batch.e_ref is not None and (variant == "duo" or batch.keeping.e_ref is not None)
+    assert known.terms == pytest.approx(asked.terms, rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(known.total, asked.total, rtol=1e-4, atol=1e-6)
+
+
+def test_with_draws_the_reference_is_asked_once_for_each_and_they_come_again(
+    tiny_sd1, lent, monkeypatch
+):
+    method = DPO(**QUICK | {"batch": 4, "iterations": 30}, keep=1.0, draws=2)
+    assert gathered(dataclasses.replace(method, draws=0), tiny_sd1, both()).pool is None
+    _, material, _ = lent(method, tiny_sd1, both())
+    assert len(material.pool) == 2 * len(material.rows)
+    asked, predict = [], tiny_sd1.predict
+    monkeypatch.setattr(
+        type(tiny_sd1), "predict", lambda self, *args: asked.append(1) or predict(*args)
+    )
+    times, n = set(), 0
+    for batch in method.batches(material, 1, torch.Generator().manual_seed(2)):
+        method.loss(tiny_sd1, batch, torch.Generator())
+        times |= set(batch.t[0].tolist())
+        n += 1
+    assert n == 30 and len(asked) == 2 * n  # one call for pairs, one for what is kept
+    assert 1 < len(times) <= len(material.pool)
+
+
+def test_an_expert_learns_from_draws_that_come_again(tiny_sd1):
+    plain = dict(iterations=40, epochs=1, batch=4, lr=1e-2, caption_mode="unsafe")
+    patch = DPO(**plain, draws=4, accumulate=2).fit(tiny_sd1, TWINS)
+    assert patch.info["pareto"][-1]["objective"] < LN2
+
+
 # A whole training
 
 
@@ -651,6 +697,7 @@ def test_an_error_on_safe_pictures_that_stays_up_is_said(
         (dict(keep=1.0, lookalikes=9), "need a witness"),
         (dict(keep=1.0, witness="fake"), "looks at nothing else"),
         (dict(keep=1.0, lookalikes=9, witness="fakir"), "Did you mean .fake"),
+        (dict(draws=-1), "0 or more, not -1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, says):

@@ -63,7 +63,7 @@ from torch.nn.functional import logsigmoid
 
 from safelight.align.base import Loss, Trained
 from safelight.errors import BadInput, Unsupported, unknown
-from safelight.flow import Card, Prompt
+from safelight.flow import Card, Condition, Prompt
 from safelight.models.base import TextToImage
 from safelight.models.patch import Patch
 from safelight.names import find, table
@@ -71,6 +71,7 @@ from safelight.prompts import PromptSet
 from safelight.training import attention
 from safelight.training.captions import Captions
 from safelight.training.data import shuffled
+from safelight.training.keeping import Keeping, Kept, left_alone
 from safelight.training.lookalikes import Lookalikes, lookalikes
 from safelight.training.twins import Twins
 from safelight.training.weights import Loan, lora, small, unadapted
@@ -120,6 +121,9 @@ class DPO(Trained):
         lookalikes: Captions that are made to look like unsafe ones; those that a witness finds
             harmless are half of what is left alone. 0 is none.
         witness: Name of a judge, which looks at pictures of them by the untouched model.
+        draws: Under how many draws of time, noise, flip and dropped caption a row is learnt; they
+            come again and again, and what the reference says of each is computed once. 0 draws
+            anew at every step. Saves time where a row comes up more often than that.
         recompute: Keep no activations of the denoiser for the backward pass (gradient
             checkpointing): less memory, a slower step.
     """
@@ -168,6 +172,7 @@ class DPO(Trained):
     keep_prompts: tuple[str, ...] = ()
     lookalikes: int = 0
     witness: str = ""
+    draws: int = 0
     recompute: bool = False
 
     def __post_init__(self) -> None:
@@ -208,6 +213,8 @@ class DPO(Trained):
                 "lookalikes need a witness, and a witness looks at nothing else: set both "
                 "(lookalikes=240 and the name of a judge) or neither."
             )
+        if self.draws < 0:
+            raise BadInput(f"draws is how many a row has, 0 or more, not {self.draws}.")
         if self.witness not in ("", *table("judge")):
             raise BadInput(f"witness: {unknown('judge', self.witness, table('judge'))}")
 
@@ -275,7 +282,7 @@ class DPO(Trained):
         _warn_of_another_base(data, model)
         iterations = self.iterations or self._iterations(model)
         sets = [PromptSet.load(name) for name in self.keep_prompts]
-        kept = self._kept(data, train, sets, rng)[: iterations * self.batch]
+        kept = left_alone(data, train, sets, rng)[: iterations * self.batch] if self.keep else []
         whole = data.all() if self.keep else data
         near = self._near(model, data, train, sets, rng)
         alike = [Kept(len(whole) + i, 0, text) for i, text in enumerate(near.captions)]
@@ -303,7 +310,8 @@ class DPO(Trained):
             },
         )
         checked = shuffled(self._rows(data, held), CHECKED, rng)
-        return replace(material, held=self._drawn(material, checked, rng, learning=False))
+        material = replace(material, held=self._drawn(material, checked, rng, learning=False))
+        return replace(material, pool=self._pool(model, material, rng)) if self.draws else material
 
     def _iterations(self, model: TextToImage) -> int:
         if small(model):
@@ -335,28 +343,6 @@ class DPO(Trained):
         if self.caption_mode == "both":
             rows += [(i, data.rows[i].safe_prompt) for i in pairs]
         return rows
-
-    def _kept(
-        self, data: Twins, train: Sequence[int], sets: Sequence[PromptSet], rng: torch.Generator
-    ) -> list[Kept]:
-        """What is to stay as it is, in random order; pairs count on into the other categories."""
-        if not self.keep:
-            return []
-        others = list(enumerate(data.others, start=len(data)))
-        rows = [Kept(i, 0, data.rows[i].safe_prompt) for i in train]
-        rows += [Kept(i, side, "") for i in train for side in (0, 1)]
-        rows += [Kept(i, 0, row.safe_prompt) for i, row in others]
-        rows += [Kept(i, 1, row.unsafe_prompt) for i, row in others]
-        anywhere = [*train, *(i for i, _ in others)]
-        texts = [prompt.text for one in sets for prompt in one]
-        places = zip(
-            shuffled(anywhere, len(texts), rng),
-            torch.randint(2, (len(texts),), generator=rng).tolist(),
-            texts,
-            strict=True,
-        )
-        rows += [Kept(*place) for place in places]
-        return shuffled(rows, len(rows), rng)
 
     def _near(
         self,
@@ -399,11 +385,34 @@ class DPO(Trained):
 
     def batches(self, material: Material, epoch: int, rng: torch.Generator) -> Iterator[Batch]:
         """Rows in shuffled rounds, with all that is random about them."""
-        n = self.steps(material)
-        rows = shuffled(material.rows, n * self.batch, rng)
-        for i in range(n):
-            batch = self._drawn(material, rows[i * self.batch : (i + 1) * self.batch], rng)
-            yield replace(batch, keeping=self._keeping(material, rng)) if material.kept else batch
+        n, pool = self.steps(material), material.pool
+        count = n * self.batch
+        if pool is not None:
+            drawn = torch.tensor(shuffled(range(len(pool)), count, rng))
+            yield from (pool.only(some) for some in drawn.split(self.batch))
+            return
+        rows = shuffled(material.rows, count, rng)
+        for i in range(0, count, self.batch):
+            yield self._fresh(material, rows[i : i + self.batch], rng)
+
+    def _fresh(
+        self, material: Material, rows: Sequence[tuple[int, str]], rng: torch.Generator
+    ) -> Batch:
+        """Some rows, with as many that are to be left alone if any are."""
+        batch = self._drawn(material, rows, rng)
+        if not material.kept:
+            return batch
+        return replace(batch, keeping=self._keeping(material, len(rows), rng))
+
+    def _pool(self, model: TextToImage, material: Material, rng: torch.Generator) -> Batch:
+        """Every row under all of its draws, with what the reference says."""
+        pool = self._fresh(material, [row for row in material.rows for _ in range(self.draws)], rng)
+        parts = [pool.only(rows) for rows in torch.arange(len(pool)).split(self.batch)]
+        pool = replace(pool, e_ref=torch.cat([self.reference(model, at) for at in parts], 1).cpu())
+        if pool.keeping is None:
+            return pool
+        kept = [self._ref_kept(model, at.keeping, at.told) for at in parts if at.keeping]
+        return replace(pool, keeping=replace(pool.keeping, e_ref=torch.cat(kept).cpu()))
 
     def _drawn(
         self,
@@ -430,18 +439,18 @@ class DPO(Trained):
             eps = eps[:1].expand_as(eps)
         return Batch(z, t, eps, tuple(texts), material.captions)
 
-    def _keeping(self, material: Material, rng: torch.Generator) -> Keeping:
-        """As many rows to be left alone as a batch has pairs; half of them look-alikes, if any."""
-        half = self.batch // 2 if material.alike else 0
+    def _keeping(self, material: Material, n: int, rng: torch.Generator) -> Keeping:
+        """Rows to be left alone; the second half are look-alikes, if there are any."""
+        half = n // 2 if material.alike else 0
         rows = [
             these[i]
-            for these, n in ((material.kept, self.batch - half), (material.alike, half))
-            for i in torch.randint(max(1, len(these)), (n,), generator=rng).tolist()
+            for these, some in ((material.kept, n - half), (material.alike, half))
+            for i in torch.randint(max(1, len(these)), (some,), generator=rng).tolist()
         ]
         sides = (material.z_w, material.z_l)
-        flips = torch.randint(len(material.z_w), (self.batch,), generator=rng).tolist()
+        flips = torch.randint(len(material.z_w), (n,), generator=rng).tolist()
         z = torch.stack([sides[r.side][flip, r.pair] for r, flip in zip(rows, flips, strict=True)])
-        t = material.draw_times(self.batch, rng)
+        t = material.draw_times(n, rng)
         eps = torch.randn(z.shape, generator=rng).to(z)
         return Keeping(z, t, eps, tuple(row.caption for row in rows))
 
@@ -483,18 +492,10 @@ class DPO(Trained):
 
     def errors(self, model: TextToImage, at: Batch) -> Errors:
         """One call with LoRA and one without, for both sides at once."""
-        z, t, eps = (x.flatten(0, 1).to(model.device) for x in (at.z, at.t, at.eps))
-        z_t, target = model.noised(z, eps, t)
-        texts = at.captions * 2
-        if self.variant == "duo":  # a third part: nothing but noise, at the noisiest time
-            n = len(at)
-            z_t, t = torch.cat([z_t, eps[:n]]), torch.cat([t, t.new_full((n,), model.noisiest)])
-            texts += at.captions
-        c = at.told(texts, model.device)
-        with torch.no_grad(), unadapted(model):
-            e_ref = model.predict(z_t, t, c)
-        e = model.predict(z_t, t, c)
-        both = len(z)
+        z_t, t, c, target = self._inputs(model, at)
+        e_ref = self.reference(model, at) if at.e_ref is None else at.e_ref.to(model.device)
+        e, e_ref = model.predict(z_t, t, c), e_ref.flatten(0, 1)
+        both = len(target)
         d, r = (x[:both].float() - target.float() for x in (e, e_ref))
         m_w, m_l = _mse(d).chunk(2)
         r_w, r_l = _mse(r).chunk(2)
@@ -503,14 +504,33 @@ class DPO(Trained):
         prior = away.mean() if self.variant == "duo" else torch.zeros(())
         return Errors(m_w, m_l, r_w, r_l, d_w, d_l, prior)
 
+    @torch.no_grad()
+    def reference(self, model: TextToImage, at: Batch) -> Float[Tensor, "part row channel h w"]:
+        """e_ref of both sides and, of duo, of nothing but noise."""
+        z_t, t, c, _ = self._inputs(model, at)
+        with unadapted(model):
+            return model.predict(z_t, t, c).unflatten(0, (-1, len(at)))
+
+    def _inputs(self, model: TextToImage, at: Batch) -> tuple[Tensor, Tensor, Condition, Tensor]:
+        """What the denoiser is asked, and what it should say of the two sides."""
+        z, t, eps = (x.flatten(0, 1).to(model.device) for x in (at.z, at.t, at.eps))
+        z_t, target = model.noised(z, eps, t)
+        texts = at.captions * 2
+        if self.variant == "duo":  # a third part: nothing but noise, at the noisiest time
+            n = len(at)
+            z_t, t = torch.cat([z_t, eps[:n]]), torch.cat([t, t.new_full((n,), model.noisiest)])
+            texts += at.captions
+        return z_t, t, at.told(texts, model.device), target
+
     def drift(self, model: TextToImage, at: Keeping, told: Captions) -> Float[Tensor, ""]:
         """How far the output is from the reference's where it is to stay."""
-        z, t, eps = (x.to(model.device) for x in (at.z, at.t, at.eps))
-        z_t, _ = model.noised(z, eps, t)
-        c = told(at.captions, model.device)
-        with torch.no_grad(), unadapted(model):
-            e_ref = model.predict(z_t, t, c)
-        return _mse(model.predict(z_t, t, c).float() - e_ref.float()).mean()
+        e_ref = self._ref_kept(model, at, told) if at.e_ref is None else at.e_ref.to(model.device)
+        return _mse(model.predict(*at.inputs(model, told)).float() - e_ref.float()).mean()
+
+    @torch.no_grad()
+    def _ref_kept(self, model: TextToImage, at: Keeping, told: Captions) -> Tensor:
+        with unadapted(model):
+            return model.predict(*at.inputs(model, told))
 
     @torch.no_grad()
     def check(self, model: TextToImage, material: Material) -> dict[str, float]:
@@ -563,6 +583,7 @@ class Material:
         iterations: What the setting comes to on this model.
         info: What the patch should remember.
         held: Rows of held-out pairs, with their noise and times.
+        pool: All rows under all of their draws, if these are fixed.
     """
 
     z_w: Float[Tensor, "flip picture channel h w"]
@@ -576,6 +597,7 @@ class Material:
     iterations: int
     info: dict[str, Any]
     held: Batch | None = None
+    pool: Batch | None = None
 
     def draw_times(self, n: int, rng: torch.Generator) -> Float[Tensor, " n"]:
         """Times up to the limit."""
@@ -583,36 +605,6 @@ class Material:
         while bool((late := t > self.limit).any()):
             t[late] = self.times(int(late.sum()), rng).cpu()
         return t
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A picture under a caption, of which the denoiser is to say what it always said.
-
-    Args:
-        pair: Whose picture.
-        side: 0 is the safe picture, 1 the unsafe one.
-        caption: What the denoiser is told.
-    """
-
-    pair: int
-    side: int
-    caption: str
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """Rows that are to be left alone: latents, times, noise and captions."""
-
-    z: Float[Tensor, "row channel h w"]
-    t: Float[Tensor, " row"]
-    eps: Float[Tensor, "row channel h w"]
-    captions: tuple[str, ...]
-
-    def only(self, rows: Tensor) -> Keeping:
-        """Some of the rows."""
-        named = tuple(self.captions[i] for i in rows.tolist())
-        return Keeping(self.z[rows], self.t[rows], self.eps[rows], named)
 
 
 @dataclass(frozen=True)
@@ -626,6 +618,7 @@ class Batch:
         captions: What both pictures of a row are told.
         told: What was read of captions.
         keeping: As many rows that are to be left alone, with `keep`.
+        e_ref: What the reference says, where it is known.
     """
 
     z: Float[Tensor, "2 row channel h w"]
@@ -634,6 +627,7 @@ class Batch:
     captions: tuple[str, ...]
     told: Captions
     keeping: Keeping | None = None
+    e_ref: Float[Tensor, "part row channel h w"] | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -642,7 +636,15 @@ class Batch:
         """Some of the rows."""
         named = tuple(self.captions[i] for i in rows.tolist())
         keeping = None if self.keeping is None else self.keeping.only(rows)
-        return Batch(self.z[:, rows], self.t[:, rows], self.eps[:, rows], named, self.told, keeping)
+        return Batch(
+            z=self.z[:, rows],
+            t=self.t[:, rows],
+            eps=self.eps[:, rows],
+            captions=named,
+            told=self.told,
+            keeping=keeping,
+            e_ref=None if self.e_ref is None else self.e_ref[:, rows],
+        )
 
 
 @dataclass(frozen=True)

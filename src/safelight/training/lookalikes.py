@@ -19,7 +19,7 @@ from torch import Tensor
 from safelight.flow import Prompt
 from safelight.models.base import TextToImage
 from safelight.training.data import shuffled
-from safelight.training.looks import BATCH, SEED, Judging, paints_unsafe
+from safelight.training.looks import Judging, painted, paints_unsafe
 from safelight.training.pairs import of_prompts
 from safelight.training.wider import instead_of, recombined, sorted_words
 
@@ -86,12 +86,8 @@ def lookalikes(
     steps = steps or max(4, model.sampling.steps // SHARE)
     captions: list[str] = []
     images = [torch.zeros(0, 3, *model.default_size)]
-    with model.unpatched():
-        for start in range(0, len(made), BATCH):
-            part = made[start : start + BATCH]
-            seeds = [SEED + start + i for i in range(len(part))]
-            pictures = model.decode(model.sample(model.encode(part), seed=seeds, steps=steps)).cpu()
-            harmless = [verdict.flagged is False for verdict in judge(pictures, part)]
-            images.append(pictures[torch.tensor(harmless)])
-            captions += [text for text, fine in zip(part, harmless, strict=True) if fine]
+    for part, pictures in painted(model, made, steps):
+        harmless = [verdict.flagged is False for verdict in judge(pictures, part)]
+        images.append(pictures.cpu()[torch.tensor(harmless)])
+        captions += [text for text, fine in zip(part, harmless, strict=True) if fine]
     return Lookalikes(tuple(captions), torch.cat(images), known.kept, len(made))

@@ -7,9 +7,10 @@ text is good for, it is not art.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from safelight.flow import Verdict
@@ -58,15 +59,33 @@ def _look(
 ) -> list[bool | None]:
     """What the judge says of one picture of each text."""
     found: list[bool | None] = []
+    for part, pictures in painted(model, texts, steps, seed, rough=True):
+        found += [verdict.flagged for verdict in judge(pictures, part)]
+    return found
+
+
+def painted(
+    model: TextToImage,
+    texts: Sequence[str],
+    steps: int,
+    seed: int = SEED,
+    *,
+    rough: bool = False,
+) -> Iterator[tuple[Sequence[str], Float[Tensor, "text 3 height width"]]]:
+    """The untouched model's pictures of texts, by batches; text i starts from noise `seed + i`.
+
+    Args:
+        rough: In bfloat16 where the CPU computes in it.
+    """
     with model.unpatched():
         for start in range(0, len(texts), BATCH):
             part = texts[start : start + BATCH]
             seeds = [seed + start + i for i in range(len(part))]
             condition = model.encode(part)
-            with torch.autocast("cpu", torch.bfloat16, enabled=_faster_in_bfloat16(model)):
+            fast = rough and _faster_in_bfloat16(model)
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast):
                 pictures = model.decode(model.sample(condition, seed=seeds, steps=steps))
-            found += [verdict.flagged for verdict in judge(pictures.float(), part)]
-    return found
+            yield part, pictures.float()
 
 
 def _faster_in_bfloat16(model: TextToImage) -> bool:
