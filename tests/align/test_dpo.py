@@ -477,7 +477,7 @@ def test_a_batch_in_pieces_keeps_the_same(tiny_sd1):
 def test_half_of_what_is_kept_are_lookalikes_with_their_own_pictures(tiny_sd1, monkeypatch):
     asked, images = {}, torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 
-    def found(model, prompts, benign, judge, count, rng):
+    def found(model, prompts, benign, judge, count, rng, *, watch):
         asked.update(prompts=prompts, benign=benign, judge=type(judge).__name__, count=count)
         return Lookalikes(("a fork 0", "a fork 1", "a fork 2"), images, ("fork",), 5)
 

@@ -31,7 +31,7 @@ class Shift(TrainedGuard):
     def network(self, model):
         return nn.Linear(1, model.encode([""]).states.shape[-1])
 
-    def gather(self, model, data, *, seed):
+    def gather(self, model, data, *, seed, watch=None):
         split = data.split(seed)
         with torch.no_grad():
             return [model.encode(texts(part)) for part in (split.unsafe, split.safe)]

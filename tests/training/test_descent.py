@@ -39,7 +39,7 @@ class Noisy(Descent):
     momentum: bool = False
     bad: int = 0
 
-    def gather(self, model, data, *, seed):
+    def gather(self, model, data, *, seed, watch=None):
         return data
 
     @contextmanager

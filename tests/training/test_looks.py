@@ -37,6 +37,17 @@ def test_every_text_gets_the_judges_answer_in_its_place(tiny_sd1):
     assert found == [False, True, None] * 15 and len(shown) == 45
 
 
+def test_who_draws_a_progress_bar_is_told_of_every_batch(tiny_sd1):
+    ticks = []
+
+    def judge(images, texts):
+        return [Verdict(True, 0.5, "judge") for _ in texts]
+
+    paints_unsafe(tiny_sd1, ["a cat"] * 33, judge, looks=2, steps=2, watch=ticks.append)
+    assert [(tick.step, tick.total) for tick in ticks] == [(32, 33), (33, 33)] * 2
+    assert all(tick.doing and not tick.epoch for tick in ticks)
+
+
 def test_what_is_unsafe_by_chance_is_not_taken_for_unsafe(tiny_sd1):
     """Flagged texts are painted again with other noise; one harmless picture makes them unclear."""
     seen = []
@@ -132,7 +143,9 @@ def test_a_sanitizer_holds_words_that_look_harmless_and_removes_those_that_do_no
 ):
     asked = []
 
-    def paints(model, words, judge, looks):
+    def paints(model, words, judge, *, looks, watch):
+        if watch is not None and words:
+            watch("told")
         asked.extend(words)
         return [i % 2 == 0 for i in range(len(words))]
 
@@ -148,7 +161,9 @@ def test_a_sanitizer_holds_words_that_look_harmless_and_removes_those_that_do_no
         ),
     )
     method = Sanitizer(witness="fake", nearby=4.0, scattered=0.0, led=0.0, scenes=0)
-    material = method.gather(tiny_sd1, data, seed=0)
+    ticks = []
+    material = method.gather(tiny_sd1, data, seed=0, watch=ticks.append)
+    assert ticks == ["told"]
     made = {one.phrase for one in material.pairs[: material.learnt]} - {"sword"}
     assert made and made <= {text[2:] for text in asked[::2]}
     said = {word for text in material.benign for word in text.split()}
@@ -161,7 +176,7 @@ def test_scenes_that_paint_something_unsafe_are_targets_and_the_others_are_held(
 ):
     looked = {}
 
-    def paints(model, texts, judge, looks):
+    def paints(model, texts, judge, *, looks, watch):
         flags = [(True, False, None)[i % 3] for i in range(len(texts))]
         looked.update(zip(texts, flags, strict=True))
         return flags

@@ -43,7 +43,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safelight.align.base import Loss, Split, TextData
+from safelight.align.base import Loss, Split, TextData, Watch
 from safelight.align.text import Scope, TextSide
 from safelight.errors import BadInput, unknown
 from safelight.flow import Card, Prompt
@@ -136,7 +136,9 @@ class AdvUnlearn(TextSide):
         if self.attack_steps is not None and self.attack_steps < 0:
             raise BadInput(f"attack_steps must be at least 0, not {self.attack_steps}.")
 
-    def gather(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
+    def gather(
+        self, model: TextToImage, data: TextData, *, seed: int, watch: Watch | None = None
+    ) -> Material:
         """The states of paintings of concepts and of retained prompts, training and held-out."""
         split = data.split(seed)
         small = self.small(model)

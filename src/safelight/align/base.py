@@ -65,7 +65,7 @@ class Trained(Descent, Alignment):
                 f"{model.family}."
             )
         meter = Meter(model.device)
-        material = self.gather(model, data, seed=seed)
+        material = self.gather(model, data, seed=seed, watch=watch)
         about: dict[str, Any] = {"watch": watch, "meter": meter, "checkpoint": checkpoint}
         return self.train(model, material, seed=seed, **about)
 

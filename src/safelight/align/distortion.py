@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from safelight.align.base import Loss, Split, TextData
+from safelight.align.base import Loss, Split, TextData, Watch
 from safelight.align.text import TextSide, moved
 from safelight.errors import BadInput
 from safelight.flow import Prompt
@@ -98,7 +98,9 @@ class Distortion(TextSide):
 
     # What stays constant
 
-    def gather(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
+    def gather(
+        self, model: TextToImage, data: TextData, *, seed: int, watch: Watch | None = None
+    ) -> Material:
         """The split, the original reading of every prompt, directions and targets."""
         split, encoders, recipe = data.split(seed), self.chosen(model), self.recipe(model)
         concepts = named(data.unsafe_prompts, self.concepts)

@@ -61,7 +61,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from safelight.align.base import Loss, Trained
+from safelight.align.base import Loss, Trained, Watch
 from safelight.errors import BadInput, Unsupported, unknown
 from safelight.flow import Card, Condition, Prompt
 from safelight.models.base import TextToImage
@@ -266,7 +266,9 @@ class DPO(Trained):
     # What stays constant
 
     @torch.no_grad()
-    def gather(self, model: TextToImage, data: Any, *, seed: int) -> Material:
+    def gather(
+        self, model: TextToImage, data: Any, *, seed: int, watch: Watch | None = None
+    ) -> Material:
         """Latents of all pictures and readings of all captions.
 
         Raises:
@@ -284,7 +286,7 @@ class DPO(Trained):
         sets = [PromptSet.load(name) for name in self.keep_prompts]
         kept = left_alone(data, train, sets, rng)[: iterations * self.batch] if self.keep else []
         whole = data.all() if self.keep else data
-        near = self._near(model, data, train, sets, rng)
+        near = self._near(model, data, train, sets, rng, watch)
         alike = [Kept(len(whole) + i, 0, text) for i, text in enumerate(near.captions)]
         said = [*(text for _, text in self._rows(data)), *(row.caption for row in kept + alike)]
         z_w = [self._latents(model, whole, "safe"), self._views(model, near.images)]
@@ -351,6 +353,7 @@ class DPO(Trained):
         train: Sequence[int],
         sets: Sequence[PromptSet],
         rng: torch.Generator,
+        watch: Watch | None,
     ) -> Lookalikes:
         """What looks like the unsafe captions and is harmless."""
         if not self.lookalikes:
@@ -361,7 +364,7 @@ class DPO(Trained):
         unsafe = [Prompt(id=r.id, text=r.unsafe_prompt, safe_prompt=r.safe_prompt) for r in rows]
         benign = [prompt.text for one in sets for prompt in one]
         benign += [row.safe_prompt for row in (*rows, *data.others)]
-        return lookalikes(model, unsafe, benign, judge, self.lookalikes, rng)
+        return lookalikes(model, unsafe, benign, judge, self.lookalikes, rng, watch=watch)
 
     def _latents(
         self, model: TextToImage, data: Twins, side: str

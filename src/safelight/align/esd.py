@@ -41,7 +41,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safelight.align.base import Loss, TextData, Trained
+from safelight.align.base import Loss, TextData, Trained, Watch
 from safelight.errors import BadInput, Unsupported, unknown
 from safelight.flow import Card, Prompt
 from safelight.models.base import TextToImage
@@ -140,7 +140,9 @@ class ESD(Trained):
 
     # What stays constant
 
-    def gather(self, model: TextToImage, data: TextData | None, *, seed: int) -> Material:
+    def gather(
+        self, model: TextToImage, data: TextData | None, *, seed: int, watch: Watch | None = None
+    ) -> Material:
         """The concepts, and states of the untouched model's paintings of them.
 
         Raises:

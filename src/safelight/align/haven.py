@@ -42,7 +42,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from safelight.align.base import Loss, Split, TextData
+from safelight.align.base import Loss, Split, TextData, Watch
 from safelight.align.text import Scope, TextSide, moved
 from safelight.errors import BadInput
 from safelight.flow import Card
@@ -121,7 +121,9 @@ class Haven(TextSide):
         if self.inner < 1:
             raise BadInput(f"inner must be at least 1, not {self.inner}.")
 
-    def gather(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
+    def gather(
+        self, model: TextToImage, data: TextData, *, seed: int, watch: Watch | None = None
+    ) -> Material:
         """The split, tau's reading of every prompt, and each unsafe prompt's destination."""
         split, encoders = data.split(seed), self.chosen(model)
         rng = torch.Generator().manual_seed(seed)

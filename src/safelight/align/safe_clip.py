@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from safelight.align.base import Loss, Split, TextData
+from safelight.align.base import Loss, Split, TextData, Watch
 from safelight.align.text import Scope, TextSide
 from safelight.errors import BadInput, Unsupported, unknown
 from safelight.flow import Card, Prompt
@@ -131,7 +131,9 @@ class SafeCLIP(TextSide):
         """At most 50 as published; small encoders are done sooner."""
         return self.epochs or (3 if self.small(model) else 50)
 
-    def gather(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
+    def gather(
+        self, model: TextToImage, data: TextData, *, seed: int, watch: Watch | None = None
+    ) -> Material:
         """The split, T0 of every prompt, each unsafe prompt's goal, and V0 of the pictures."""
         split = data.split(seed)
         encoders = self.chosen(model)

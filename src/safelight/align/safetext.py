@@ -39,7 +39,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from safelight.align.base import Loss, Split, TextData
+from safelight.align.base import Loss, Split, TextData, Watch
 from safelight.align.text import TextSide, moved
 from safelight.errors import BadInput, unknown
 from safelight.flow import Card
@@ -113,7 +113,9 @@ class SafeText(TextSide):
         if self.batch < 4:
             raise BadInput(f"batch must be at least 4 (half safe, half unsafe), not {self.batch}.")
 
-    def gather(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
+    def gather(
+        self, model: TextToImage, data: TextData, *, seed: int, watch: Watch | None = None
+    ) -> Material:
         """The split, tau's reading of every prompt, and each unsafe prompt's anchor."""
         split = data.split(seed)
         encoders = self.chosen(model)

@@ -38,7 +38,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safelight.align.base import TextData
+from safelight.align.base import TextData, Watch
 from safelight.align.distortion import Batch, Distortion, Material, Recipe
 from safelight.errors import BadInput, unknown
 from safelight.flow import Card
@@ -108,10 +108,12 @@ class SAGE(Distortion):
         """Rows below which a batch has no neighbourhoods, or no spread."""
         return self.k + 1 if self.lsa else 2 if self.esp else 1
 
-    def gather(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
+    def gather(
+        self, model: TextToImage, data: TextData, *, seed: int, watch: Watch | None = None
+    ) -> Material:
         """As for DES, if there are prompts enough to be neighbours."""
         self._require_room(self.recipe(model).batch)
-        material = super().gather(model, data, seed=seed)
+        material = super().gather(model, data, seed=seed, watch=watch)
         known = len({prompt.text for prompt in material.split.safe})
         if known < self.least:
             raise BadInput(

@@ -51,7 +51,7 @@ from safelight.models.base import TextToImage
 from safelight.models.patch import Patch
 from safelight.prompts import PromptSet
 from safelight.training.attention import PARTS
-from safelight.training.descent import Descended, Descent, Loss
+from safelight.training.descent import Descended, Descent, Loss, Watch
 from safelight.training.weights import Learnt, Loan, full, lora
 
 Profile = Literal["lora", "cross", "full"]
@@ -273,7 +273,9 @@ class _Denoising(Descent):
     rank: int
     alpha: float
 
-    def gather(self, model: TextToImage, data: _Captioned, *, seed: int) -> _Material:
+    def gather(
+        self, model: TextToImage, data: _Captioned, *, seed: int, watch: Watch | None = None
+    ) -> _Material:
         n = len(data.images)
         if n < 2:
             raise BadInput(f"fine-tuning needs at least two pictures, not {n}.")

@@ -134,7 +134,8 @@ def training_bar(title: str) -> Iterator[Callable[[Tick], None]]:
 
         def watch(tick: Tick) -> None:
             terms = "  ".join(f"{name} {value:+.3f}" for name, value in tick.terms.items())
-            bar.update(task, completed=tick.step, total=tick.total, terms=terms)
+            doing = f"{title}: {tick.doing}" if tick.doing else title
+            bar.update(task, description=doing, completed=tick.step, total=tick.total, terms=terms)
 
         yield watch
 

@@ -32,7 +32,7 @@ from safelight.guard.trained import TrainedGuard
 from safelight.models.base import TextToImage
 from safelight.training.augment import exchanged, vocabulary
 from safelight.training.data import TextData, texts
-from safelight.training.descent import Loss
+from safelight.training.descent import Loss, Watch
 
 Which = Literal["eos", "mean", "pooled"]
 
@@ -144,7 +144,9 @@ class Recogniser(TrainedGuard):
 
     # How it learns
 
-    def gather(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
+    def gather(
+        self, model: TextToImage, data: TextData, *, seed: int, watch: Watch | None = None
+    ) -> Material:
         """The vectors of all prompts, with labels, and those that the threshold is found with."""
         split = data.split(seed)
         rng = torch.Generator().manual_seed(seed)

@@ -75,7 +75,7 @@ from safelight.prompts import PromptSet
 from safelight.training.augment import Look
 from safelight.training.contexts import Batch, Material, by_length, remembered, thinned
 from safelight.training.data import TextData, shuffled
-from safelight.training.descent import Loss
+from safelight.training.descent import Loss, Watch
 from safelight.training.embedding import readable
 from safelight.training.looks import paints_unsafe
 from safelight.training.pairs import (
@@ -372,7 +372,9 @@ class Sanitizer(TrainedGuard):
         widest = max(dim for _, dim in self._pieces(model))
         return self.lr or (1e-4 if widest >= SMALL else 1e-3)
 
-    def gather(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
+    def gather(
+        self, model: TextToImage, data: TextData, *, seed: int, watch: Watch | None = None
+    ) -> Material:
         """The pairs, what the original encoders say of them, and how their tokens align."""
         rng = torch.Generator().manual_seed(seed)
         encoders = self.reads(model)
@@ -382,7 +384,7 @@ class Sanitizer(TrainedGuard):
         safe, safe_held = _parts(
             "safe", [p.text for p in data.safe_prompts], self.contexts, data.validation, rng
         )
-        look = self._look(model)
+        look = self._look(model, watch)
         words = self._words(model, pairs, safe, look, rng)
         made = _read_whole(model, encoders, self._made_up(pairs, words, rng))
         variants, bad = self._variants(pairs, safe, words, look, rng)
@@ -456,12 +458,12 @@ class Sanitizer(TrainedGuard):
         bad = [pair(new, old) for (old, new), flag in zip(made, flags, strict=True) if flag]
         return harmless, tuple(bad)
 
-    def _look(self, model: TextToImage) -> Look | None:
+    def _look(self, model: TextToImage, watch: Watch | None) -> Look | None:
         if not self.witness:
             return None
         judge = find("judge", self.witness)()
         judge.require()
-        return lambda texts: paints_unsafe(model, texts, judge, looks=self.looks)
+        return lambda texts: paints_unsafe(model, texts, judge, looks=self.looks, watch=watch)
 
     def _made_up(
         self, pairs: Sequence[Pair], words: Words, rng: torch.Generator

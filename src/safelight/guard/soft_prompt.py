@@ -54,7 +54,7 @@ from safelight.guard.trained import Fitted, TrainedGuard
 from safelight.models.base import TextToImage
 from safelight.models.soft import Soft
 from safelight.training.data import TextData, shuffled, texts
-from safelight.training.descent import Loss
+from safelight.training.descent import Loss, Watch
 
 Form = Literal["text", "picture"]
 Place = Literal["start", "end"]
@@ -151,7 +151,9 @@ class SoftPrompt(TrainedGuard):
         gate = None if self.gate_ is None else self.gate_.network_
         return Tokens(start, len(self.order_), gate)
 
-    def gather(self, model: TextToImage, data: TextData, *, seed: int) -> Material:
+    def gather(
+        self, model: TextToImage, data: TextData, *, seed: int, watch: Watch | None = None
+    ) -> Material:
         """Pairs by category, their pictures where the form needs them, and the gate."""
         split = data.split(seed)
         learn, check = (paired(side) for side in (split.unsafe, split.unsafe_check))

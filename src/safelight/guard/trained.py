@@ -92,7 +92,7 @@ class TrainedGuard(Descent, Guard):
             WorkFailed: The loss is no longer a number.
         """
         meter = Meter(model.device)
-        material = self.gather(model, data, seed=seed)
+        material = self.gather(model, data, seed=seed, watch=watch)
         about: dict[str, Any] = {"watch": watch, "meter": meter, "checkpoint": checkpoint}
         return self.train(model, material, seed=seed, **about)
 

@@ -37,12 +37,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tick:
-    """How far a training run is, for whoever draws the progress bar."""
+    """How far a training run is, for whoever draws the progress bar.
+
+    Args:
+        step, total: Steps of the descent, or, before it, texts of what is `doing`.
+        epoch: 0 before the descent.
+        terms: Un-weighted loss terms.
+        doing: What takes its time before the descent; "" in it.
+    """
 
     step: int
     total: int
     epoch: int
     terms: Mapping[str, float]
+    doing: str = ""
 
 
 Watch = Callable[[Tick], None]
@@ -106,8 +114,15 @@ class Descent(ABC):
     # What a method says
 
     @abstractmethod
-    def gather(self, model: TextToImage, data: Any, *, seed: int) -> Any:
-        """Everything that stays constant while training; computed once, reusable between fits."""
+    def gather(
+        self, model: TextToImage, data: Any, *, seed: int, watch: Watch | None = None
+    ) -> Any:
+        """Everything that stays constant while training; computed once, reusable between fits.
+
+        Args:
+            seed: Of every random choice.
+            watch: Told of work that takes long.
+        """
 
     @abstractmethod
     def lend(self, model: TextToImage, rng: torch.Generator) -> AbstractContextManager[Loan]:

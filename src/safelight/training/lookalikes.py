@@ -19,6 +19,7 @@ from torch import Tensor
 from safelight.flow import Prompt
 from safelight.models.base import TextToImage
 from safelight.training.data import shuffled
+from safelight.training.descent import Watch
 from safelight.training.looks import Judging, painted, paints_unsafe
 from safelight.training.pairs import of_prompts
 from safelight.training.wider import instead_of, recombined, sorted_words
@@ -60,6 +61,7 @@ def lookalikes(
     rng: torch.Generator,
     *,
     steps: int | None = None,
+    watch: Watch | None = None,
 ) -> Lookalikes:
     """Captions near unsafe ones whose pictures a judge finds harmless.
 
@@ -70,13 +72,14 @@ def lookalikes(
         count: Captions that are painted, at most. Those that look unsafe, and those of which the
             judge cannot tell, are left out.
         steps: Of the sampler, for captions; None is half of the model's own, four at least.
+        watch: Told after each batch of pictures.
     """
     pairs = of_prompts(prompts)
     encoder = next(iter(model.text_encoders))
     safe = [Prompt(id=str(i), text=text) for i, text in enumerate(benign)]
 
     def look(words: Sequence[str]) -> list[bool | None]:
-        return paints_unsafe(model, [f"a {word}" for word in words], judge)
+        return paints_unsafe(model, [f"a {word}" for word in words], judge, watch=watch)
 
     known = sorted_words(model, encoder, prompts, safe, (), rng, look=look)
     near = shuffled(known.kept, count - count // 2, rng) if known.kept else []
@@ -86,7 +89,7 @@ def lookalikes(
     steps = steps or max(4, model.sampling.steps // SHARE)
     captions: list[str] = []
     images = [torch.zeros(0, 3, *model.default_size)]
-    for part, pictures in painted(model, made, steps):
+    for part, pictures in painted(model, made, steps, watch=watch):
         harmless = [verdict.flagged is False for verdict in judge(pictures, part)]
         images.append(pictures.cpu()[torch.tensor(harmless)])
         captions += [text for text, fine in zip(part, harmless, strict=True) if fine]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from safelight.flow import Verdict
 from safelight.models.base import TextToImage
+from safelight.training.descent import Tick, Watch
 
 SHARE = 5  # of the steps that a picture usually takes
 BATCH = 32
@@ -32,6 +33,7 @@ def paints_unsafe(
     *,
     looks: int = 1,
     steps: int | None = None,
+    watch: Watch | None = None,
 ) -> list[bool | None]:
     """For each text whether the judge flags what the untouched model paints for it.
 
@@ -39,27 +41,33 @@ def paints_unsafe(
         looks: How many pictures of a text have to be unsafe, each with noise of its own. Of a text
             that says little to a model, some pictures are unsafe by chance.
         steps: Of the sampler; None is a fifth of the model's own, four at least.
+        watch: Told after each batch.
 
     Returns:
         True where all pictures are flagged, False where the first is not; None where they differ
         or the judge cannot tell.
     """
     steps = steps or max(4, model.sampling.steps // SHARE)
-    found = _look(model, texts, judge, steps, SEED)
+    found = _look(model, texts, judge, steps, SEED, watch)
     for n in range(1, looks):
         flagged = [i for i, flag in enumerate(found) if flag]
-        again = _look(model, [texts[i] for i in flagged], judge, steps, SEED + n * APART)
+        again = _look(model, [texts[i] for i in flagged], judge, steps, SEED + n * APART, watch)
         for i, flag in zip(flagged, again, strict=True):
             found[i] = True if flag else None
     return found
 
 
 def _look(
-    model: TextToImage, texts: Sequence[str], judge: Judging, steps: int, seed: int
+    model: TextToImage,
+    texts: Sequence[str],
+    judge: Judging,
+    steps: int,
+    seed: int,
+    watch: Watch | None,
 ) -> list[bool | None]:
     """What the judge says of one picture of each text."""
     found: list[bool | None] = []
-    for part, pictures in painted(model, texts, steps, seed, rough=True):
+    for part, pictures in painted(model, texts, steps, seed, rough=True, watch=watch):
         found += [verdict.flagged for verdict in judge(pictures, part)]
     return found
 
@@ -71,11 +79,13 @@ def painted(
     seed: int = SEED,
     *,
     rough: bool = False,
+    watch: Watch | None = None,
 ) -> Iterator[tuple[Sequence[str], Float[Tensor, "text 3 height width"]]]:
     """The untouched model's pictures of texts, by batches; text i starts from noise `seed + i`.
 
     Args:
         rough: In bfloat16 where the CPU computes in it.
+        watch: Told after each batch.
     """
     with model.unpatched():
         for start in range(0, len(texts), BATCH):
@@ -86,6 +96,8 @@ def painted(
             with torch.autocast("cpu", torch.bfloat16, enabled=fast):
                 pictures = model.decode(model.sample(condition, seed=seeds, steps=steps))
             yield part, pictures.float()
+            if watch is not None:
+                watch(Tick(start + len(part), len(texts), 0, {}, "painting for the witness"))
 
 
 def _faster_in_bfloat16(model: TextToImage) -> bool:
