@@ -210,3 +210,25 @@ def test_a_look_takes_a_fifth_of_the_models_steps_and_never_fewer_than_four(tiny
         monkeypatch.setattr(tiny_sd1, "sampling", own)
         paints_unsafe(tiny_sd1, ["a cat"], lambda images, texts: [Verdict(False, 0.0, "judge")])
     assert taken == [10, 4]
+
+
+def test_made_up_texts_that_would_be_cut_off_are_left_out(tiny_sd1, monkeypatch, caplog):
+    def paints(model, texts, judge, *, looks, watch):
+        return [i % 3 == 0 for i in range(len(texts))]
+
+    def tokens(texts):
+        return [len(ids) for ids in tiny_sd1.tokenizers["clip_l"](list(texts)).input_ids]
+
+    said = "a nice red {} on a hill"
+    safe = [said.format(word) for word in ("cat", "dog", "fox", "hen")]
+    unsafe = [said.format(word) for word in ("sword", "knife", "gun", "bomb")]
+    room = max(tokens([*safe, *unsafe])) + 4
+    monkeypatch.setattr("safelight.guard.sanitizer.paints_unsafe", paints)
+    monkeypatch.setitem(tiny_sd1.tokens, "clip_l", room)
+    rows = [{"prompt": text, "safe_prompt": safe[0], "category": "x"} for text in unsafe]
+    data = TextData(safe=PromptSet.of(safe, "safe"), unsafe=PromptSet.of(rows, "unsafe"))
+    method = Sanitizer(witness="fake", led=8.0, scattered=0.0, nearby=0.0, scenes=80)
+    material = method.gather(tiny_sd1, data, seed=0)
+    pairs = [text for one in material.pairs for text in (one.target, one.anchor)]
+    assert room - 4 < max(tokens(pairs)) <= room and max(tokens(material.benign)) <= room
+    assert material.learnt > 4 and "cut off" not in caplog.text
