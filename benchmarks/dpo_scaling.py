@@ -38,9 +38,10 @@ from safelight.prompts import PromptSet
 
 UNSAFE, SAFE = "emoji/all/test", "emoji/safe/test"
 COST = 0.03  # of fidelity, at most
-WIDTH, HEIGHT, EDGE = 520, 300, 48
+WIDTH, HEIGHT, EDGE, LOWEST = 520, 320, 48, -0.25
 COLOURS = {"removed": "#b3401f", "fidelity": "#1f6f8b"}
 LINES = {"merged": "", "edits": ' stroke-dasharray="5 4"'}
+SERIES = {"merged": "filled, solid: experts merged", "edits": "hollow, dashed: one fine-tuning"}
 
 
 def main() -> None:
@@ -138,21 +139,27 @@ def drawn(rows: Sequence[dict[str, Any]]) -> str:
 
     def at(concepts: float, share: float) -> tuple[float, float]:
         x = EDGE + (WIDTH - 2 * EDGE) * concepts / most
-        return x, HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * share
+        return x, HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * (share - LOWEST) / (1 - LOWEST)
 
     lines = {key: [row for row in rows if row["series"] == key] for key in LINES}
     merged = lines["merged"]
-    parts = [f'<path d="M{EDGE} {EDGE}V{HEIGHT - EDGE}H{WIDTH - EDGE}" fill="none" stroke="#888"/>']
+    floor = at(0, 0)[1]
+    parts = [
+        f'<path d="M{EDGE} {EDGE}V{HEIGHT - EDGE}M{EDGE} {floor:.1f}H{WIDTH - EDGE}" fill="none" '
+        'stroke="#888"/>'
+    ]
     for share in (0, 0.5, 1):
         x, y = at(0, share)
         parts.append(f'<text x="{x - 6}" y="{y + 4}" text-anchor="end">{share:.0%}</text>')
     for row in merged:
-        x, y = at(row["concepts"], 0)
+        x, y = at(row["concepts"], LOWEST)
         parts.append(f'<text x="{x}" y="{y + 16}" text-anchor="middle">{row["concepts"]}</text>')
     for i, (key, name) in enumerate((("nrr", "removed"), ("drop", "fidelity"))):
         colour, said = COLOURS[name], {"nrr": "removed", "drop": "fidelity lost"}[key]
         for series, own in lines.items():
-            path = " ".join("{:.1f},{:.1f}".format(*at(r["concepts"], r[key][0])) for r in own)
+            aside = 0 if series == "merged" else 5
+            ends = (at(r["concepts"], r[key][0]) for r in own)
+            path = " ".join(f"{x + aside:.1f},{y:.1f}" for x, y in ends)
             parts.append(
                 f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"'
                 f"{LINES[series]}/>"
@@ -160,11 +167,14 @@ def drawn(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows:
             (x, y), (_, low), (_, high) = (at(row["concepts"], v) for v in row[key])
             fill = colour if row in merged else "#fff"
+            x += 0 if row in merged else 5  # intervals side by side
             parts.append(
                 f'<path d="M{x} {low:.1f}V{high:.1f}" stroke="{colour}"/><circle cx="{x}" '
                 f'cy="{y:.1f}" r="4" fill="{fill}" stroke="{colour}"/>'
             )
-        parts.append(f'<text x="{EDGE + 150 * i}" y="20" fill="{colour}">{said}</text>')
+        parts.append(f'<text x="{EDGE + 110 * i}" y="16" fill="{colour}">{said}</text>')
+    for i, series in enumerate(key for key, own in lines.items() if own):
+        parts.append(f'<text x="{EDGE + 200 * i}" y="34">{SERIES[series]}</text>')
     parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 8}" text-anchor="middle">concepts</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
