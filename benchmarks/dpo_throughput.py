@@ -55,7 +55,8 @@ def main() -> None:
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with tempfile.TemporaryDirectory() as folder:
         twins = noise(Path(folder), 2 * given.batch, model.default_size)
-        method = DPO(batch=given.batch, iterations=given.steps, epochs=1, validation=0.05, draws=1)
+        settings = {"batch": given.batch, "iterations": given.steps, "autocast": given.autocast}
+        method = DPO(**settings, epochs=1, validation=0.05, draws=1)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=given.autocast):
             rounds = measured(method, model, twins, given.repeats)
     per_second = {

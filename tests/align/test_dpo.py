@@ -552,6 +552,16 @@ def test_with_draws_the_reference_is_asked_once_for_each_and_they_come_again(
     assert 1 < len(times) <= len(material.pool)
 
 
+def test_the_reference_is_kept_in_the_precision_that_is_learnt_in(tiny_sd1, lent):
+    """Before the first step both say the same, also in bfloat16."""
+    method = DPO(**QUICK | {"batch": 4}, keep=1.0, draws=1, autocast=True)
+    _, material, _ = lent(method, tiny_sd1, both())
+    whole = material.pool.only(torch.arange(4))  # as the reference was asked: rounds alike
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = method.loss(tiny_sd1, whole, torch.Generator()).terms
+    assert terms["win"] == terms["lose"] == terms["drift"] == 0
+
+
 def test_an_expert_learns_from_draws_that_come_again(tiny_sd1):
     plain = dict(iterations=40, epochs=1, batch=4, lr=1e-2, caption_mode="unsafe")
     patch = DPO(**plain, draws=4, accumulate=2).fit(tiny_sd1, TWINS)

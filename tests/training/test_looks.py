@@ -232,3 +232,34 @@ def test_made_up_texts_that_would_be_cut_off_are_left_out(tiny_sd1, monkeypatch,
     pairs = [text for one in material.pairs for text in (one.target, one.anchor)]
     assert room - 4 < max(tokens(pairs)) <= room and max(tokens(material.benign)) <= room
     assert material.learnt > 4 and "cut off" not in caplog.text
+
+
+def test_a_sanitizer_looks_at_few_words_and_at_phrases_with_a_word_like_theirs(
+    tiny_sd1, monkeypatch
+):
+    asked = []
+
+    def paints(model, texts, judge, *, looks, watch):
+        asked.append(list(texts))
+        return [False] * len(texts)
+
+    monkeypatch.setattr("safelight.guard.sanitizer.paints_unsafe", paints)
+    rows = [
+        {"prompt": f"a {c} sky knife", "safe_prompt": f"a {c} tulip", "category": "x"}
+        for c in ("red", "old", "new", "big")
+    ]
+    data = TextData(safe=PromptSet.of(BENIGN * 2, "safe"), unsafe=PromptSet.of(rows, "unsafe"))
+    method = Sanitizer(witness="fake", scattered=0.0, led=0.0, scenes=40)
+    plain = method.gather(tiny_sd1, data, seed=0)
+    words, scenes = asked
+    wide = neighbours(
+        tiny_sd1, "clip_l", ["sky knife"], [*BENIGN, *(f"a {r} tulip" for r in ("red", "old"))], (),
+        rng(), look=lambda texts: [False] * len(texts),
+    )  # fmt: skip
+    assert 0 < len(words) < len(wide.kept)
+    alike = [text for text in scenes if text.endswith(" knife") or " sky " in text]
+    assert len(alike) >= 10 and "a red sky knife" not in alike
+    rough = dataclasses.replace(method, autocast=True).gather(tiny_sd1, data, seed=0)
+    one, other = (next(iter(m.tau(["a red sky knife"]).values())).states for m in (plain, rough))
+    assert not torch.equal(one, other)
+    torch.testing.assert_close(one, other, rtol=0.1, atol=0.1)

@@ -411,10 +411,12 @@ class DPO(Trained):
         """Every row under all of its draws, with what the reference says."""
         pool = self._fresh(material, [row for row in material.rows for _ in range(self.draws)], rng)
         parts = [pool.only(rows) for rows in torch.arange(len(pool)).split(self.batch)]
-        pool = replace(pool, e_ref=torch.cat([self.reference(model, at) for at in parts], 1).cpu())
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.autocast):
+            said = [self.reference(model, at) for at in parts]
+            kept = [self._ref_kept(model, at.keeping, at.told) for at in parts if at.keeping]
+        pool = replace(pool, e_ref=torch.cat(said, 1).cpu())
         if pool.keeping is None:
             return pool
-        kept = [self._ref_kept(model, at.keeping, at.told) for at in parts if at.keeping]
         return replace(pool, keeping=replace(pool.keeping, e_ref=torch.cat(kept).cpu()))
 
     def _drawn(

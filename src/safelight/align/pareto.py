@@ -53,7 +53,7 @@ def sweep(
     """
     if not lams:
         raise BadInput("a sweep needs at least one value of lam.")
-    material = method.gather(model, data, seed=seed)
+    material = method.gather(model, data, seed=seed, watch=watch)
     points: list[Point] = []
 
     def fit(point: Point) -> Patch:

@@ -104,7 +104,7 @@ Fusion = Literal["reach", "own"]
 Estimate = Literal["residual", "anchor"]
 Supervision = Literal["target", "shift", "none"]
 SMALL = 512  # encoders narrower than this are toys: wider steps, narrower networks
-DOUBT = (0.3, 0.0)  # cosine to a phrase, and its lead over benign words, that is worth a picture
+WORTH_A_LOOK = (0.3, 0.0)  # cosine to a phrase, and its lead over benign words
 NARROWEST = 16  # numbers in an attention head; narrower ones cost more and see less
 
 
@@ -386,9 +386,9 @@ class Sanitizer(TrainedGuard):
         )
         look = self._look(model, watch)
         words = self._words(model, pairs, safe, look, rng)
-        made = _read_whole(model, encoders, self._made_up(pairs, words, rng))
+        made = self._made_up(pairs, words, rng)
         variants, bad = self._variants(pairs, safe, words, look, rng)
-        bad = _read_whole(model, encoders, bad)
+        more = _read_whole(model, encoders, (*made, *self.again * bad))
         alone = instead_of(pairs, self.kept * words.kept, rng)
         whole = readable(model, [*variants, *alone], encoders)
         held_still = [text for text in (*variants, *alone) if text in whole]
@@ -396,7 +396,7 @@ class Sanitizer(TrainedGuard):
             return remembered(
                 model,
                 encoders,
-                (*pairs, *made, *self.again * bad),
+                (*pairs, *more),
                 held,
                 ("", *safe, *held_still),
                 safe_held,
@@ -428,7 +428,7 @@ class Sanitizer(TrainedGuard):
             least=self.least,
             lead=self.lead,
             look=None if look is None else lambda words: look([f"a {word}" for word in words]),
-            doubt=DOUBT,
+            doubt=WORTH_A_LOOK,
         )
 
     def _variants(
