@@ -1,6 +1,7 @@
 """`safelight align dpo --pairs`: an expert from a folder; killed and started again; bad input."""
 
 import json
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from safelight.align.dpo import DPO
 from safelight.cli import app
+from safelight.errors import MissingExtra
 from safelight.models.patch import Patch
 from safelight.training.checkpoint import Checkpoint
 from safelight.training.twins import Twin
@@ -48,6 +50,31 @@ def test_an_expert_of_one_category_is_learnt_and_shown(pairs, tmp_path):
     assert patch.info["split"] == {"train": 2, "held": 1, "kept": 0}
     assert "on held-out pairs" in done.stdout and "pairs told apart" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["expert"]  # no checkpoint is left
+
+
+def test_tensorboard_gets_every_step_of_the_descent(pairs, tmp_path):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    done = run("align", "dpo", "tiny-sd1", "--pairs", pairs, "--category", "weapons", *QUICK,
+               "-o", tmp_path / "expert", "--tensorboard", tmp_path / "curves")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    history = Patch.load(tmp_path / "expert").info["history"]
+    drawn = reading.EventAccumulator(str(tmp_path / "curves")).Reload()
+    assert "train/loss" in drawn.Tags()["scalars"]
+    for name in ("loss", "win", "lose"):
+        points = drawn.Scalars(f"train/{name}")
+        assert [point.step for point in points] == [1, 2]
+        assert [point.value for point in points] == pytest.approx([h[name] for h in history])
+
+
+def test_without_tensorboard_its_curves_are_refused_before_anything_is_learnt(
+    pairs, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    done = run("align", "dpo", "tiny-sd1", "--pairs", pairs, "--category", "weapons", *QUICK,
+               "-o", tmp_path / "expert", "--tensorboard", tmp_path / "curves")  # fmt: skip
+    assert done.exit_code == MissingExtra.exit_code
+    assert "safelight[tensorboard]" in " ".join(done.output.split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(pairs, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from safelight.guard.trained import TrainedGuard
     from safelight.models.patch import Patch
     from safelight.training.checkpoint import Checkpoint
+    from safelight.training.descent import Watch
 
 PAIRS = "pairs of pictures"  # what the card of a method that learns from them says it needs
 
@@ -61,6 +63,12 @@ def align(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
     force: Annotated[bool, typer.Option(help="Replace an existing patch.")] = False,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder for TensorBoard's files: loss terms by step.", show_default=False
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Learn what makes a model safer, a patch or a guard, and save it as a folder."""
@@ -73,7 +81,7 @@ def align(
     path = output or Path("-".join([method, *names]))
     if path.exists() and not force:
         raise BadInput(f"{path} exists; name another folder with -o, or replace it with --force.")
-    learnt, checkpoint = learn(method, model, data, set_ or [], seed, path)
+    learnt, checkpoint = learn(method, model, data, set_ or [], seed, path, tensorboard)
     if checkpoint is None:  # another process saves what all have learnt
         return
     learnt.save(path)
@@ -87,7 +95,13 @@ def align(
 
 
 def learn(
-    method: str, name: str, data: Callable[[], Any], pairs: list[str], seed: int, path: Path
+    method: str,
+    name: str,
+    data: Callable[[], Any],
+    pairs: list[str],
+    seed: int,
+    path: Path,
+    curves: Path | None = None,
 ) -> tuple[Patch | TrainedGuard, Checkpoint | None]:
     """Load, fit, with a progress bar; go on where the same command was killed.
 
@@ -108,9 +122,18 @@ def learn(
         return settings.fit(model, given, seed=seed, checkpoint=checkpoint), None
     if checkpoint.path.is_file():
         say(f"{checkpoint.path} says how far a run has come; if it was this one, it goes on")
-    with training_bar(method) as watch:
+    with training_bar(method) as bar, _drawn(curves, bar) as watch:
         learnt = settings.fit(model, given, seed=seed, watch=watch, checkpoint=checkpoint)
     return learnt, checkpoint
+
+
+def _drawn(folder: Path | None, bar: Watch) -> AbstractContextManager[Watch]:
+    """The progress bar, and TensorBoard beside it if it is wanted."""
+    if folder is None:
+        return nullcontext(bar)
+    from safelight.training.board import board
+
+    return board(folder, also=bar)
 
 
 def _prompts(
