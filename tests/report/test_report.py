@@ -86,6 +86,13 @@ def test_cost_stands_beside_quality(runs):
     }
 
 
+def test_a_cost_below_zero_is_not_sold_as_a_gain(tmp_path):
+    run = write_run(tmp_path / "run", size=4, unjudged=0)
+    seen = json.loads((run / "cost.json").read_text()) | {"added_ms_per_picture": -364.5}
+    (run / "cost.json").write_text(json.dumps(seen))
+    assert dict(summary.cost(*read_all([run])))["per picture"] == "not slower (−364.5 ms)"
+
+
 def test_what_is_left_of_the_geometry_stands_beside_the_cost(tmp_path):
     run = write_run(tmp_path / "run", size=4, unjudged=0)
     settings = json.loads((run / "run.json").read_text())

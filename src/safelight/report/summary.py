@@ -246,9 +246,13 @@ def cost(run: Run) -> list[tuple[str, str]]:
     lines += _geometry(run)
     added = run.cost.get("added_ms_per_picture")
     if words.number(added):
-        sign = "+" if added >= 0 else words.MINUS
-        lines.append(("per picture", f"{sign}{abs(added):.1f} ms"))
+        lines.append(("per picture", _added(added)))
     return lines
+
+
+def _added(ms: float) -> str:
+    """Below zero nothing was added; how much less it took is mostly how busy the machine was."""
+    return f"+{ms:.1f} ms" if ms >= 0 else f"not slower ({words.MINUS}{-ms:.1f} ms)"
 
 
 def _geometry(run: Run) -> list[tuple[str, str]]:
