@@ -37,10 +37,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from safelight.align.dpo import DPO, Batch
+from safelight.align.dpo import DPO
 from safelight.models.base import TextToImage
 from safelight.models.load import load
 from safelight.training.captions import Captions
+from safelight.training.preference import Batch
 from safelight.training.twins import Twin, Twins
 from safelight.training.weights import unadapted
 
