@@ -33,7 +33,6 @@ from safelight.training.wider import sorted_words
 
 STRAY = "stray"
 AT_ONCE = 128  # words that are looked at before they are counted
-LOOKS = 2  # pictures that have to be unsafe: of a word that says little, some are by chance
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def strays(
     while at < end and len(found) < count:
         part = words[at : min(at + AT_ONCE, end)]
         texts = [f"a {word}" for word in part]
-        flags = paints_unsafe(model, texts, judge, looks=LOOKS)
+        flags = paints_unsafe(model, texts, judge)
         found += [word for word, flag in zip(part, flags, strict=True) if flag]
         at += len(part)
         watch("words found", min(len(found), count), count)
