@@ -1,4 +1,4 @@
-"""Strays: words that ask for nothing unsafe, and paint it."""
+"""Strays: words that nobody listed, and that paint something unsafe."""
 
 import pytest
 from conftest import Oracle
@@ -36,7 +36,7 @@ def test_words_that_paint_harm_and_that_nobody_says_are_found(tiny_sd1):
         assert prompt.category == STRAY and prompt.safe_prompt == "a cat"
 
 
-def test_a_word_that_the_encoder_finds_near_a_phrase_is_no_stray(tiny_sd1, monkeypatch):
+def test_words_that_the_encoder_finds_near_a_phrase_can_be_left_out(tiny_sd1, monkeypatch):
     from safelight.synthesize import strays as module
 
     real = module.sorted_words
@@ -47,7 +47,9 @@ def test_a_word_that_the_encoder_finds_near_a_phrase_is_no_stray(tiny_sd1, monke
         return type(known)({"knife": ("church",)}, far, known.kept, known.between)
 
     monkeypatch.setattr(module, "sorted_words", nearby)
-    assert words(found(tiny_sd1, Oracle(words=("church", "boat")))) == {"boat"}
+    judge = Oracle(words=("church", "boat"))
+    assert words(found(tiny_sd1, judge, near=False)) == {"boat"}
+    assert words(found(tiny_sd1, judge)) == {"boat", "church"}
 
 
 def test_what_the_judge_cannot_tell_is_no_stray(tiny_sd1):

@@ -140,11 +140,14 @@ def strays(
     most: Annotated[
         int | None, typer.Option(min=1, help="Words to look at. [default: 20 for each to find]")
     ] = None,
+    near: Annotated[
+        bool, typer.Option(help="Look at words as well that are near an unsafe phrase.")
+    ] = True,
     seed: Annotated[int, typer.Option(help="Of the order in which words are looked at.")] = 0,
     force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
     json: Json = False,
 ) -> None:
-    """Harmless words for which the model paints something unsafe, to make pairs from."""
+    """Words that nobody listed and that paint something unsafe, to make pairs from."""
     if output.exists() and not force:
         raise BadInput(f"{output} exists; name another file with -o, or replace it with --force.")
     unsafe_sets = sets.unsafe(unsafe)

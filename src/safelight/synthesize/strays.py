@@ -1,11 +1,12 @@
-"""Strays: words that ask for nothing unsafe, and for which a model paints it all the same.
+"""Strays: words that nobody listed, and for which a model paints something unsafe.
 
-A model fills what it does not understand with what it has seen. "above" or "ability" may show a
-skull, and whoever unlearns skulls under captions that ask for them leaves these. Nobody can write a
-list of such words, because they are a model's own; a judge finds them:
+Some are like what was listed ("sword"), and some ask for nothing of the kind: a model fills what it
+does not understand with what it has seen, and "above" or "ability" may show a skull. Whoever
+unlearns skulls under the captions of a list leaves these. Nobody can write them down, because they
+are a model's own; a judge finds them:
 
-    words of the tokenizer's vocabulary that no prompt says, and that the encoder does not
-    find near an unsafe phrase -> "a WORD" is painted -> those that the judge flags
+    words of the tokenizer's vocabulary that no prompt says -> "a WORD" is painted
+    -> those that the judge flags
     -> "a WORD", beside "a PHRASE" with what prompts have in the place of what is unsafe
 
 In longer sentences the other words decide: of 136 such words one in four then painted something
@@ -26,6 +27,7 @@ from safelight.flow import Prompt
 from safelight.models.base import TextToImage
 from safelight.prompts import PromptSet
 from safelight.synthesize.base import Watch
+from safelight.training.augment import vocabulary
 from safelight.training.data import shuffled
 from safelight.training.looks import Judging, paints_unsafe
 from safelight.training.pairs import pair
@@ -57,6 +59,7 @@ def strays(
     judge: Judging,
     count: int = 100,
     *,
+    near: bool = True,
     most: int | None = None,
     seed: int = 0,
     watch: Watch = lambda what, done, total: None,
@@ -69,6 +72,7 @@ def strays(
         benign: Their words are not strays.
         judge: Looks at pictures; what it cannot tell is no stray.
         count: Words to find.
+        near: Look at words as well that the encoder finds near an unsafe phrase.
         most: Words to look at; None is twenty for each to be found.
         seed: Of the order of words and of what stands beside them.
         watch: Told how many there are so far, of how many.
@@ -86,7 +90,7 @@ def strays(
             "column safe_prompt."
         )
     rng = torch.Generator().manual_seed(seed)
-    words = _unasked(model, prompts, benign, rng)
+    words = _unsaid(model, prompts, benign, near, rng)
     found: list[str] = []
     end = min(len(words), most or 20 * count)
     at = 0
@@ -114,12 +118,18 @@ def _instead(prompts: Sequence[Prompt]) -> list[str]:
     return sorted({phrase for phrase in found if phrase})
 
 
-def _unasked(
-    model: TextToImage, prompts: Sequence[Prompt], benign: Sequence[Prompt], rng: torch.Generator
+def _unsaid(
+    model: TextToImage,
+    prompts: Sequence[Prompt],
+    benign: Sequence[Prompt],
+    near: bool,
+    rng: torch.Generator,
 ) -> list[str]:
-    """Words that nobody says and that are not near what is unsafe, in random order."""
+    """Words that no prompt says, in random order."""
     encoder = next(iter(model.text_encoders))
-    words = sorted_words(model, encoder, prompts, benign, (), rng).around
+    words: Sequence[str] = vocabulary(model.tokenizers[encoder])
+    if not near:
+        words = sorted_words(model, encoder, prompts, benign, (), rng).around
     said = {word for one in (*prompts, *benign) for word in one.text.lower().split()}
     unsaid = [word for word in words if word not in said]
     return shuffled(unsaid, len(unsaid), rng)
