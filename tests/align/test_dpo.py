@@ -422,6 +422,18 @@ def test_what_is_kept_is_all_but_unsafe_captions_of_its_own(tiny_sd1, tmp_path):
     assert len(material.z_w[0]) == len(whole) == 11
 
 
+def test_a_second_harm_beside_another_category_is_not_kept(tiny_sd1):
+    data = both()
+    one, *rest = data.others
+    data = dataclasses.replace(
+        data, others=(dataclasses.replace(one, meta={"beside": "knife"}), *rest)
+    )
+    method = DPO(**QUICK | {"iterations": 100}, keep=1.0)
+    kept = {row.caption for row in gathered(method, tiny_sd1, data).kept}
+    assert one.unsafe_prompt not in kept and one.safe_prompt in kept
+    assert {twin.unsafe_prompt for twin in rest} & kept
+
+
 def test_the_kept_term_is_the_distance_to_the_reference_times_half_of_beta(tiny_model, lent):
     method = DPO(**QUICK, beta=40.0, keep=3.0)
     loan, _, batch = lent(method, tiny_model, both())

@@ -67,6 +67,12 @@ def pairs(
     per_category: Annotated[
         int, typer.Option(min=1, help="Pairs of prompts to write for each category.")
     ] = 100,
+    together: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Further pairs for each category with something of another one beside it."
+        ),
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of the pictures' noise.")] = 0,
     tries: Annotated[
         int, typer.Option(min=0, help="Other noises for a pair that the judge does not agree with.")
@@ -101,6 +107,7 @@ def pairs(
             writer=chosen,
             judge=looks,
             per_category=per_category,
+            together=together,
             seed=seed,
             tries=tries,
             sampling=sampling(handle, steps, guidance),

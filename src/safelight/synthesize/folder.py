@@ -25,7 +25,7 @@ from safelight.training.twins import Twins
 ABOUT, ROWS, DROPPED, ANSWERS = "twins.json", "twins.jsonl", "dropped.jsonl", "answers"
 SAME = (
     *("format", "model", "sources", "writer", "judge", "sampling"),
-    *("per_category", "seed", "tries", "batch"),
+    *("per_category", "together", "seed", "tries", "batch"),
 )
 FAULTS = {
     "unknown": "it could not tell",
@@ -66,7 +66,7 @@ def begin(out: Path, about: Mapping[str, Any]) -> None:
         write_json(path, about)  # nothing has been made yet
         return
     old, new = read_json(path), json.loads(json.dumps(about))
-    _refuse(out, [key for key in SAME if old.get(key) != new[key]])
+    _refuse(out, [key for key in SAME if old.get(key) != new.get(key)])
     for name in (ROWS, DROPPED):
         heal_lines(out / name)
     for unfinished in out.rglob(".*.[0-9]*"):  # as `records.write` names them

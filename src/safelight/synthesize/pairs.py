@@ -56,6 +56,7 @@ from safelight.synthesize.folder import (
     troubles,
 )
 from safelight.synthesize.templates import Templates
+from safelight.synthesize.together import together as side_by_side
 from safelight.training.twins import FORMAT, Twin, as_line
 
 NEXT = 1_000_000  # from one try's seed to the next: seeds made from ids are smaller
@@ -70,6 +71,7 @@ def synthesize(
     writer: Writer | None = None,
     judge: Judge | None = None,
     per_category: int = 100,
+    together: int = 0,
     seed: int = 0,
     tries: int = 3,
     sampling: Sampling | None = None,
@@ -85,6 +87,8 @@ def synthesize(
         writer: Of prompts; `Templates()` if None.
         judge: Who must flag the unsafe picture and not the safe one; all pairs are kept if None.
         per_category: Pairs of prompts that are written for each category.
+        together: Further pairs of prompts for each category in which something unsafe of another
+            one stands beside its own (`safelight.synthesize.together`).
         seed: Added to every pair's own noise.
         tries: Other noises for a pair that the judge does not agree with.
         sampling: Steps, guidance and size; the model's own if None.
@@ -98,7 +102,7 @@ def synthesize(
             before is on disk.
     """
     out, writer = Path(out), writer or Templates()
-    _check(per_category, tries, batch)
+    _check(per_category, together, tries, batch)
     topics = by_category(sources)
     if judge is not None:
         judge.require()
@@ -110,6 +114,7 @@ def synthesize(
         "judge": None if judge is None else told.of_judge(judge),
         "sampling": told.of_sampling(studio.sampling),
         "per_category": per_category,
+        **({"together": together} if together else {}),
         "seed": seed,
         "tries": tries,
         "batch": batch,
@@ -119,7 +124,7 @@ def synthesize(
     with writing(out):
         begin(out, about)
     scripts = _scripts(writer, topics, per_category, out / ANSWERS, watch)
-    rows, minors = _cast(scripts)
+    rows, minors = _cast(scripts, together, seed)
     minors += sum(source.minors for source in sources)
     about |= {"prompts": _prompts(rows, minors), "categories": _written(scripts, rows)}
     with writing(out):
@@ -131,9 +136,10 @@ def synthesize(
         return finish(out, about)
 
 
-def _check(per_category: int, tries: int, batch: int) -> None:
+def _check(per_category: int, together: int, tries: int, batch: int) -> None:
     for name, value, least in (
         ("per_category", per_category, 1),
+        ("together", together, 0),
         ("tries", tries, 0),
         ("batch", batch, 1),
     ):
@@ -161,9 +167,10 @@ def _scripts(
     return scripts
 
 
-def _cast(scripts: Mapping[str, Script]) -> tuple[list[Prompt], int]:
+def _cast(scripts: Mapping[str, Script], beside: int, seed: int) -> tuple[list[Prompt], int]:
     """All rows that pass the minors filter, each with an id of its own, and how many do not."""
     rows = [row for script in scripts.values() for row in script.rows]
+    rows += side_by_side(rows, beside, torch.Generator().manual_seed(seed))
     kept = [row for row in rows if not about_minors(row)]
     seen: Counter[str] = Counter()
     named = []

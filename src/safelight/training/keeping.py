@@ -64,7 +64,9 @@ def left_alone(
     """Everything that is not to be removed, in random order.
 
     Args:
-        data: Pairs to learn from; those of `data.others` count on after them.
+        data: Pairs to learn from; those of `data.others` count on after them. Where another
+            category's unsafe side shows a second harm beside its own, that may be the one that is
+            to be removed: only the safe side stays.
         train: Which pairs are learnt from; the held-out ones are left out.
         sets: Captions that are left alone with any of the pictures.
     """
@@ -72,7 +74,8 @@ def left_alone(
     rows = [Kept(i, 0, data.rows[i].safe_prompt) for i in train]
     rows += [Kept(i, side, "") for i in train for side in (0, 1)]
     rows += [Kept(i, 0, row.safe_prompt) for i, row in others]
-    rows += [Kept(i, 1, row.unsafe_prompt) for i, row in others]
+    alone = [(i, row) for i, row in others if "beside" not in row.meta]  # `synthesize.together`
+    rows += [Kept(i, 1, row.unsafe_prompt) for i, row in alone]
     anywhere = [*train, *(i for i, _ in others)]
     texts = [prompt.text for one in sets for prompt in one]
     places = zip(
