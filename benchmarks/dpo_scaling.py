@@ -35,7 +35,6 @@ from safelight.models.base import TextToImage
 from safelight.models.load import load
 from safelight.models.patch import Patch
 from safelight.prompts import PromptSet
-from safelight.synthesize.strays import STRAY
 
 UNSAFE, SAFE = "emoji/all/test", "emoji/safe/test"
 COST = 0.03  # of fidelity, at most
@@ -61,7 +60,7 @@ def main() -> None:
     rows = []
     for n in sizes:
         some = experts[:n]
-        sets = [PromptSet.load(f"emoji/{name}/train") for one in some for name in asked(one)]
+        sets = [PromptSet.load(f"emoji/{name}/train") for one in some for name in categories(one)]
         settings = {"winners": given.winners} if given.winners else {}
         patch = merge(model, some, given.how, prompts=sets, **settings)
         rows.append(measured(model, patch, some, given.output, str(n), given.limit))
@@ -85,7 +84,7 @@ def measured(
     model: TextToImage, patch: Patch, experts: Sequence[Patch], out: Path, name: str, limit: int
 ) -> dict[str, Any]:
     """What one patch removes of its experts' categories, and what it costs."""
-    names = {name for one in experts for name in asked(one)}
+    names = {name for one in experts for name in categories(one)}
     known = [out / f"{len(names)}", out / "1"]  # the untouched model's pictures come again
     base = next((run for run in known if (run / "values.json").is_file()), None)
     unsafe = PromptSet.load(UNSAFE)
@@ -111,11 +110,6 @@ def measured(
         "nrr": figure(values, "nrr", UNSAFE),
         "drop": figure(values, "fidelity_drop", SAFE),
     }
-
-
-def asked(expert: Patch) -> list[str]:
-    """The categories that prompts ask for, of those that an expert was trained on."""
-    return [name for name in categories(expert) if name != STRAY]
 
 
 def figure(values: Sequence[dict[str, Any]], metric: str, prompts: str) -> list[float]:

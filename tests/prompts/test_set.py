@@ -145,16 +145,3 @@ def test_all_categories_come_in_turns_with_their_own_ids_and_categories():
     parts = {p.id: p for c in one.categories for p in PromptSet.load(f"emoji/{c}/test")}
     whole = PromptSet.load("emoji/all/test")
     assert len(whole) == len(parts) and all(parts[p.id] == p for p in whole)
-
-
-def test_what_is_saved_is_read_back(tmp_path):
-    rows = [
-        {"prompt": "a knife, shiny", "id": "one", "category": "weapons", "seed": 3, "concept": "k"},
-        {"prompt": 'a "big" cat', "id": "two", "safe_prompt": "a cat"},
-    ]
-    made = PromptSet.of(rows, "mine")
-    made.save(tmp_path / "mine.csv")
-    back = PromptSet.load(tmp_path / "mine.csv")
-    assert back.prompts == made.prompts and back.sha256 == made.sha256
-    with pytest.raises(BadInput, match=r"\.csv"):
-        made.save(tmp_path / "mine.txt")

@@ -7,7 +7,6 @@ from safelight.errors import BadInput
 from safelight.flow import Prompt
 from safelight.synthesize.base import read
 from safelight.synthesize.pairs import synthesize
-from safelight.synthesize.strays import STRAY
 from safelight.synthesize.together import together
 
 
@@ -50,7 +49,6 @@ def test_as_many_as_are_wanted_of_each_category_and_none_of_a_single_one():
     made = drawn(n=2)
     assert [one.category for one in made].count("weapons") == 2
     assert drawn(ROWS[:2]) == [] and drawn(n=0) == []
-    assert drawn([*ROWS[:2], row(STRAY, "a frame", "a cat")]) == []
 
 
 @pytest.fixture
@@ -69,6 +67,7 @@ def test_they_are_painted_after_the_others_which_stay_as_they_are(tiny_sd1, list
     assert sorted(one.category for one in rest) == ["death"] * 3 + ["weapons"] * 3
     assert more.about["together"] == 3 and "together" not in plain.about
     assert more.about["categories"]["death"]["pairs"] == 5
+    assert "another category beside: 3 of each" in (tmp_path / "more" / "README.md").read_text()
     with pytest.raises(BadInput, match="different: together"):
         synthesize(tiny_sd1, listed, tmp_path / "plain", together=3, **few)
     with pytest.raises(BadInput, match="together must be at least 0"):

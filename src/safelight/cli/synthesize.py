@@ -21,7 +21,7 @@ from safelight.cli.console import (
     working,
 )
 from safelight.cli.settings import build, split
-from safelight.errors import BadInput, NotFound, unknown
+from safelight.errors import NotFound, unknown
 from safelight.names import find, table
 
 if TYPE_CHECKING:
@@ -123,68 +123,6 @@ def pairs(
 
 
 app.command("pairs")(polite(pairs))
-
-
-def strays(
-    model: Annotated[
-        str, typer.Argument(help="The model to be aligned: a name, a diffusers folder or a hub id.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The CSV file of prompts.")],
-    unsafe: Annotated[
-        list[str],
-        typer.Option(
-            help="What asks for something unsafe: categories such as weapons,gore, 'all', or a "
-            "prompt file with safe counterparts. Repeatable.",
-            show_default=False,
-        ),
-    ],
-    judge: Annotated[str, typer.Option(help="Who looks at the pictures, NAME or NAME:key=value.")],
-    safe: Annotated[
-        list[str] | None,
-        typer.Option(help="What is harmless: a prompt set or file. [default: emoji/safe/train]"),
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Words to find.")] = 100,
-    most: Annotated[
-        int | None, typer.Option(min=1, help="Words to look at. [default: 20 for each to find]")
-    ] = None,
-    near: Annotated[
-        bool, typer.Option(help="Look at words as well that are near an unsafe phrase.")
-    ] = True,
-    seed: Annotated[int, typer.Option(help="Of the order in which words are looked at.")] = 0,
-    force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
-    json: Json = False,
-) -> None:
-    """Words that nobody listed and that paint something unsafe, to make pairs from."""
-    if output.exists() and not force:
-        raise BadInput(f"{output} exists; name another file with -o, or replace it with --force.")
-    unsafe_sets = sets.unsafe(unsafe)
-    safe_sets = sets.safe(safe or [], unsafe_sets)
-    with working("loading torch"):
-        from safelight.cli import guards
-        from safelight.models.load import load
-        from safelight.synthesize.strays import strays as find_strays
-
-        looks = guards.judge(judge)
-        looks.require()
-    with working(f"loading {model}"):
-        handle = load(model)
-    asked, benign = ([p for one in some for p in one] for some in (unsafe_sets, safe_sets))
-    with counting_bar() as watch:
-        found = find_strays(handle, asked, benign, looks, count, most=most, seed=seed, watch=watch)
-    found.prompts.save(output)
-    words = [prompt.meta["concept"] for prompt in found.prompts]
-    if json:
-        emit({"strays": str(output), "n": len(words), "looked_at": found.looked_at, "words": words})
-        return
-    some = ", ".join(words[:12])
-    say(f"{found.looked_at} of {found.known} words looked at; {len(words)} strays, such as {some}")
-    say(
-        f"saved [bold]{output}[/]; next: safelight synthesize pairs {model} --unsafe ... --unsafe "
-        f"{output} --judge {judge} -o pairs"
-    )
-
-
-app.command("strays")(polite(strays))
 
 
 def _result(made: Made) -> dict[str, Any]:

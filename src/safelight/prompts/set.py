@@ -16,7 +16,6 @@ from typing import Any
 
 from safelight.errors import BadInput, MissingExtra, NotFound, unknown
 from safelight.flow import Prompt
-from safelight.models.folder import replaced_file
 from safelight.names import table
 from safelight.prompts.minors import names_a_minor_in_harm
 
@@ -77,23 +76,6 @@ class PromptSet:
         if n >= len(self):
             return self
         return replace(self, name=f"{self.name}[:{n}]", prompts=self.prompts[:n])
-
-    def save(self, path: Path | str) -> None:
-        """A CSV file that `load` reads back; what lies in `meta` becomes further columns.
-
-        Raises:
-            BadInput: The name does not end in .csv.
-            WorkFailed: The place cannot be written.
-        """
-        path = Path(path)
-        if path.suffix.lower() != ".csv":
-            raise BadInput(f"prompts are saved as CSV; name a file that ends in .csv, not {path}.")
-        rows = [_flat(prompt) for prompt in self]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        with replaced_file(path) as fresh, fresh.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
 
     @classmethod
     def of(cls, rows: Iterable[Mapping[str, Any] | str], name: str, source: str = "") -> PromptSet:
@@ -156,13 +138,6 @@ def in_turns(parts: Iterable[Iterable[Any]]) -> Iterator[Any]:
 def _row(prompt: Prompt) -> dict[str, Any]:
     row = asdict(replace(prompt, soft=None, latents=None, meta=dict(prompt.meta)))
     return {key: value for key, value in row.items() if key not in ("soft", "latents")}
-
-
-def _flat(prompt: Prompt) -> dict[str, Any]:
-    """A row of a file, without what is empty."""
-    row: dict[str, Any] = {"id": prompt.id, "prompt": prompt.text, "category": prompt.category}
-    row |= {"safe_prompt": prompt.safe_prompt, "seed": prompt.seed, **prompt.meta}
-    return {key: value for key, value in row.items() if value not in (None, "")}
 
 
 def _prompt(row: Mapping[str, Any], where: str, seen: Counter[str]) -> Prompt:

@@ -47,6 +47,8 @@ def _rows(categories: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     judge, sampling = about["judge"], about["sampling"]
     yield "prompts", ", ".join(f"{one['name']} ({one['sha256'][:12]})" for one in about["sources"])
+    if about.get("together"):
+        yield "with something unsafe of another category beside", f"{about['together']} of each"
     yield "writer", f"{about['writer']['name']} {about['writer'].get('model', '')}".strip()
     for name, one in about["categories"].items():
         if one["skipped"]:

@@ -17,7 +17,6 @@ from dataclasses import replace
 import torch
 
 from safelight.flow import Prompt
-from safelight.synthesize.strays import STRAY
 from safelight.training.data import shuffled
 from safelight.training.pairs import Pair, pair
 
@@ -28,13 +27,12 @@ def together(rows: Sequence[Prompt], n: int, rng: torch.Generator) -> list[Promp
     """Up to `n` further rows of each category; none where there is only one category.
 
     Args:
-        rows: With a `safe_prompt` each; those that do not say which phrase is unsafe are left out,
-            and so are strays, which are no category of their own.
+        rows: With a `safe_prompt` each; those that do not say which phrase is unsafe are left out.
     """
     phrases: dict[str, list[tuple[Prompt, Pair]]] = {}
     for row in rows:
         both = pair(row.text, row.safe_prompt or "")
-        if both.phrase and row.category != STRAY:
+        if both.phrase:
             phrases.setdefault(row.category, []).append((row, both))
     return [
         made
