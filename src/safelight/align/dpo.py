@@ -28,8 +28,9 @@ convention without the half (diffusers' example) 2500 is the same objective as 5
 
     L + keep * (beta / 2) * mean (e(z_t, t, c') - e_ref(z_t, t, c'))^2
 
-over captions c' of the other categories' pairs with their own pictures, of this one's safe
-pictures, "", and `keep_prompts` with any of these pictures, as many per step as pairs. With
+over captions c' of the other categories' pairs with their own pictures (where these show two kinds
+of harm, of the safe side only), of this one's safe pictures, "", and `keep_prompts` with any of
+these pictures, as many per step as pairs. With
 `lookalikes` half of them are harmless captions near unsafe ones, with what the untouched model
 paints for them (`safelight.training.lookalikes`).
 
