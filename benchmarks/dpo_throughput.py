@@ -206,7 +206,11 @@ def sd15() -> Any:
         ),
         tokenizer=tokenizer,
         scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            clip_sample=False,
         ),
         safety_checker=None,
         feature_extractor=None,
