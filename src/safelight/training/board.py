@@ -33,9 +33,8 @@ def board(folder: Path, also: Watch | None = None) -> Iterator[Watch]:
     with SummaryWriter(str(folder)) as writer:
 
         def watch(tick: Tick) -> None:
-            if not tick.doing:  # before the descent there is nothing to draw
-                for name, value in tick.terms.items():
-                    writer.add_scalar(f"train/{name}", value, tick.step)
+            for name, value in tick.terms.items():  # before the descent there are none
+                writer.add_scalar(f"train/{name}", value, tick.step)
             if also is not None:
                 also(tick)
 
