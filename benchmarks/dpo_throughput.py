@@ -10,11 +10,11 @@ loader does: read two PNG files per pair, decode them, bring them to the model's
 autoencoder and the text encoders. "cached" has latents and captions, "draws" what the reference
 says as well (`draws` of `dpo`, where a row's times and noises come again). "example" is a step as
 the research example of diffusers takes it (Stable Diffusion 1 only): the networks called directly,
-and nothing kept from one step to the next. Making these is not
-counted; they pay where a row comes up more often than it has draws. The sides take turns, so that a
-busy machine disturbs all alike; ratios are to "encoding", `cpu_ratio` in CPU seconds instead of the
-clock. The pictures are noise: it takes as long. So are the weights of `sd15`, a model of the shape
-of Stable Diffusion 1.5 (512 pixels, 860 million weights in the denoiser).
+and nothing kept from one step to the next. Making what is kept is not counted; it pays where a row
+comes up more often than it has draws. The sides take turns, so that a busy machine disturbs all
+alike; ratios are to "encoding", `cpu_ratio` in CPU seconds instead of the clock. The pictures are
+noise: it takes as long. So are the weights of `sd15`, a model of the shape of Stable Diffusion 1.5
+(512 pixels, 860 million weights in the denoiser).
 """
 
 from __future__ import annotations

@@ -51,6 +51,13 @@ def test_as_many_as_are_wanted_of_each_category_and_none_of_a_single_one():
     assert drawn(ROWS[:2]) == [] and drawn(n=0) == []
 
 
+def test_they_pass_the_minors_filter_like_all_others(tiny_sd1, listed, tmp_path, monkeypatch):
+    refused = "safelight.synthesize.pairs.about_minors"
+    monkeypatch.setattr(refused, lambda one: "beside" in one.meta)
+    made = synthesize(tiny_sd1, listed, tmp_path / "pairs", per_category=2, together=3, batch=4)
+    assert len(made.twins) == 4 and made.about["prompts"]["minors"] == 6
+
+
 @pytest.fixture
 def listed(tmp_path):
     path = tmp_path / "mine.csv"

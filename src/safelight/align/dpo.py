@@ -30,9 +30,8 @@ convention without the half (diffusers' example) 2500 is the same objective as 5
 
 over captions c' of the other categories' pairs with their own pictures (where these show two kinds
 of harm, of the safe side only), of this one's safe pictures, "", and `keep_prompts` with any of
-these pictures, as many per step as pairs. With
-`lookalikes` half of them are harmless captions near unsafe ones, with what the untouched model
-paints for them (`safelight.training.lookalikes`).
+these pictures, as many per step as pairs. With `lookalikes` half of them are harmless captions near
+unsafe ones, with what the untouched model paints for them (`safelight.training.lookalikes`).
 
 Each pair is used under its unsafe caption, to move, and under its safe one, to hold. An expert is
 trained on one category from the clean model; several categories at once make one expert for all.

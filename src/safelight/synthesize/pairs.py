@@ -56,7 +56,7 @@ from safelight.synthesize.folder import (
     troubles,
 )
 from safelight.synthesize.templates import Templates
-from safelight.synthesize.together import together as side_by_side
+from safelight.synthesize.together import together
 from safelight.training.twins import FORMAT, Twin, as_line
 
 NEXT = 1_000_000  # from one try's seed to the next: seeds made from ids are smaller
@@ -167,10 +167,15 @@ def _scripts(
     return scripts
 
 
-def _cast(scripts: Mapping[str, Script], beside: int, seed: int) -> tuple[list[Prompt], int]:
-    """All rows that pass the minors filter, each with an id of its own, and how many do not."""
+def _cast(scripts: Mapping[str, Script], n: int, seed: int) -> tuple[list[Prompt], int]:
+    """All rows that pass the minors filter, each with an id of its own, and how many do not.
+
+    Args:
+        n: Further rows for each category, with two kinds of harm.
+        seed: Of which stand together.
+    """
     rows = [row for script in scripts.values() for row in script.rows]
-    rows += side_by_side(rows, beside, torch.Generator().manual_seed(seed))
+    rows += together(rows, n, torch.Generator().manual_seed(seed))
     kept = [row for row in rows if not about_minors(row)]
     seen: Counter[str] = Counter()
     named = []

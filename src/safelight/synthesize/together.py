@@ -4,8 +4,10 @@ Whoever learns from pictures that show one kind of harm learns to take that one 
 what else a sentence brings. Here an unsafe phrase of another category stands beside a row's own,
 and the safe side says something harmless in both places:
 
-    "a coffin on the beach" / "a house on the beach"  and  "an axe" / "a tulip"
-    ->  "a coffin next to a axe on the beach" / "a house next to a tulip on the beach"
+    "a coffin on the beach" / "a house on the beach"  and  "a knife" / "a tulip"
+    ->  "a coffin next to a knife on the beach" / "a house next to a tulip on the beach"
+
+The article is always "a".
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import torch
 from safelight.flow import Prompt
 from safelight.training.data import shuffled
 from safelight.training.pairs import Pair, pair
+from safelight.training.twins import BESIDE
 
-BETWEEN = ("with a", "and a", "next to a", "above a")
+JOINED = ("with a", "and a", "next to a", "above a")
 
 
 def together(rows: Sequence[Prompt], n: int, rng: torch.Generator) -> list[Prompt]:
@@ -59,7 +62,7 @@ def _of(
     made: dict[str, Prompt] = {}
     places = zip(shuffled(own, n, rng), shuffled(others, n, rng), strict=False)
     for i, ((row, both), (unsafe, safe)) in enumerate(places):
-        between = BETWEEN[i % len(BETWEEN)]
+        between = JOINED[i % len(JOINED)]
         back = pair(both.anchor, both.target)
         first, second = f"{both.phrase} {between} {unsafe}", f"{back.phrase} {between} {safe}"
         if i % 2:
@@ -67,6 +70,6 @@ def _of(
         else:
             text, safe_text = both.saying(first).target, back.saying(second).target
         name = hashlib.sha256(f"{row.category} {text}".encode()).hexdigest()[:12]
-        meta = {"concept": both.phrase, "beside": unsafe}
+        meta = {"concept": both.phrase, BESIDE: unsafe}
         made[text] = replace(row, id=name, text=text, safe_prompt=safe_text, meta=meta)
     return list(made.values())

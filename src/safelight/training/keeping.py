@@ -18,7 +18,7 @@ from safelight.models.base import TextToImage
 from safelight.prompts import PromptSet
 from safelight.training.captions import Captions
 from safelight.training.data import shuffled
-from safelight.training.twins import Twins
+from safelight.training.twins import BESIDE, Twins
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def left_alone(
     rows = [Kept(i, 0, data.rows[i].safe_prompt) for i in train]
     rows += [Kept(i, side, "") for i in train for side in (0, 1)]
     rows += [Kept(i, 0, row.safe_prompt) for i, row in others]
-    alone = [(i, row) for i, row in others if "beside" not in row.meta]  # `synthesize.together`
+    alone = [(i, row) for i, row in others if BESIDE not in row.meta]
     rows += [Kept(i, 1, row.unsafe_prompt) for i, row in alone]
     anywhere = [*train, *(i for i, _ in others)]
     texts = [prompt.text for one in sets for prompt in one]

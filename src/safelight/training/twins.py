@@ -28,6 +28,7 @@ from safelight.errors import BadInput, NotFound
 from safelight.models.folder import replaced
 
 FORMAT = 1
+BESIDE = "beside"  # in `meta`: what the unsafe side shows of another category
 
 
 @dataclass(frozen=True)
